@@ -1,0 +1,291 @@
+"""The perceptual compressor: load or build a VAE, encode images to moments, decode latents to images.
+
+Shape suffixes: B batch, H and W pixels, C latent channels, h = H / f, w = W / f.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.latents import Moments, Whitening
+from ldm.resampler_start import start_as_resampler
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+
+    DiffusersVae: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
+
+__all__ = ["ASSETS", "PRESETS", "Autoencoder", "Preset", "build", "load"]
+
+ASSETS = Path(__file__).parent / "assets"
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+WEIGHTS = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A VAE layout in AutoencoderKL's terms; f = 2 ** (len(block_out_channels) - 1)."""
+
+    block_out_channels: tuple[int, ...]
+    latent_channels: int
+    layers_per_block: int = 1
+    # Several groups would each lose their mean, and with few channels that is the picture's brightness.
+    norm_num_groups: int = 1
+    # Without it the cost is linear in pixels; with it, 78 % of an 8192² decode is one attention.
+    mid_block_add_attention: bool = False
+
+
+PRESETS: Mapping[str, Preset] = {
+    "f4": Preset((24, 64, 120), latent_channels=3),
+    "f8": Preset((16, 32, 64, 120), latent_channels=4),
+    "f16": Preset((16, 32, 64, 96, 96), latent_channels=16),
+    "sd": Preset((128, 256, 512, 512), 4, layers_per_block=2, norm_num_groups=32, mid_block_add_attention=True),
+}
+
+
+class Autoencoder:
+    """A diffusers autoencoder behind one interface, in evaluation mode and without gradients.
+
+    Attributes: ``f`` pixels per latent along one side, ``channels`` of a latent, ``vae`` the
+    diffusers module, ``whitening`` what the VAE's own config says of its latents' scale.
+    """
+
+    def __init__(self, vae: "DiffusersVae", name: str = "") -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.name = name or type(vae).__name__
+        self.channels = int(vae.config["latent_channels"])
+        self.f = _spatial_factor(vae)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> "Autoencoder":
+        """Move in place; returns itself."""
+        # Not vae.to: diffusers warns of every cast, whether or not the model minds it.
+        nn.Module.to(self.vae, device, dtype, memory_format=torch.channels_last)
+        return self
+
+    @torch.inference_mode()
+    def encode(self, images_B3HW: Tensor) -> Moments:
+        """Posterior moments (B, C, H/f, W/f), float32 on the VAE's device.
+
+        images_B3HW: float in [-1, 1] on any device. UserError where H or W is no multiple of f.
+        """
+        height, width = images_B3HW.shape[-2:]
+        self.check_size(height, width)
+        output = self.vae.encode(images_B3HW.to(self.vae.device, self.vae.dtype))
+        if hasattr(output, "latent_dist"):
+            posterior = output.latent_dist
+            return Moments(posterior.mean.float(), posterior.std.float())
+        latent = (output.latents if hasattr(output, "latents") else output.latent).float()
+        return Moments(latent, torch.zeros_like(latent))
+
+    @torch.inference_mode()
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Images (B, 3, h·f, w·f), float32 clamped to [-1, 1]; latents in the VAE's own scale.
+
+        UserError where the number of channels is not the VAE's.
+        """
+        if latents_BChw.ndim != 4 or latents_BChw.shape[1] != self.channels:
+            raise UserError(
+                f"a latent of shape {tuple(latents_BChw.shape)} is not one of VAE {self.name}",
+                allowed=f"(batch, {self.channels}, height/{self.f}, width/{self.f})",
+                do="decode it with the VAE that encoded it",
+            )
+        images: Tensor = self.vae.decode(latents_BChw.to(self.vae.device, self.vae.dtype)).sample
+        return images.float().clamp(-1, 1)
+
+    def check_size(self, height: int, width: int) -> None:
+        """UserError unless both sides (pixels) are positive multiples of f."""
+        if height <= 0 or width <= 0 or height % self.f or width % self.f:
+            raise UserError(
+                f"an image of {width}×{height} pixels does not fit VAE {self.name}",
+                allowed=f"sides that are multiples of {self.f}",
+                do=f"use {_round_up(width, self.f)}×{_round_up(height, self.f)}",
+            )
+
+    @cached_property
+    def whitening(self) -> Whitening:
+        """Scale and shift from the VAE's own config, as diffusers' pipelines apply them."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            factor = config.get("scaling_factor", 1.0)
+            return Whitening(tuple(mean), tuple(s / factor for s in std))
+        shift = config.get("shift_factor") or 0.0
+        return Whitening.from_scaling_factor(config.get("scaling_factor", 1.0), self.channels, shift)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over class, config and weights: equal for equal functions, wherever they lie.
+
+        Keys that do not change what the module computes (those that diffusers adds, and the scale
+        that the caller applies) stay out of it. Weights are read in the dtype that they have now,
+        as float32, so an fp16 file loaded as fp32 has the fingerprint of its own values.
+        """
+        ignored = (
+            "scaling_factor",
+            "shift_factor",
+            "latents_mean",
+            "latents_std",
+            "force_upcast",
+            "sample_size",
+        )
+        config = {k: v for k, v in self.vae.config.items() if not k.startswith("_") and k not in ignored}
+        digest = hashlib.sha256(type(self.vae).__name__.encode())
+        digest.update(json.dumps(config, sort_keys=True, default=list).encode())
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def build(preset: str) -> "AutoencoderKL":
+    """An AutoencoderKL of a named layout, in fp32, ready to be trained.
+
+    Weights are random, or where GroupNorm has one group those of a resampler (`ldm.resampler_start`).
+
+    UserError for an unknown preset.
+    """
+    from diffusers import AutoencoderKL
+
+    if preset not in PRESETS:
+        raise UserError(f"no VAE preset {preset!r}", allowed=", ".join(PRESETS))
+    layout = PRESETS[preset]
+    num_blocks = len(layout.block_out_channels)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * num_blocks,
+        up_block_types=("UpDecoderBlock2D",) * num_blocks,
+        block_out_channels=layout.block_out_channels,
+        latent_channels=layout.latent_channels,
+        layers_per_block=layout.layers_per_block,
+        norm_num_groups=layout.norm_num_groups,
+        mid_block_add_attention=layout.mid_block_add_attention,
+        sample_size=256,
+    )
+    if layout.norm_num_groups == 1:
+        start_as_resampler(vae)
+    return vae
+
+
+def load(source: str | Path, *, subfolder: str = "") -> Autoencoder:
+    """A VAE in fp32 on the CPU.
+
+    source: a default model (``f4``, ``f8``, ``f16``), a diffusers folder (or a pipeline folder with
+    ``vae/`` in it), an fsspec URL such as ``s3://bucket/vae``, or a hub id such as
+    ``stabilityai/sd-vae-ft-mse``. Weights must be safetensors: a pickle can run code.
+    """
+    name = str(source)
+    if (ASSETS / name / "config.json").is_file():
+        return _from_folder(ASSETS / name, name)
+    if "://" in name:
+        with tempfile.TemporaryDirectory() as local:
+            _fetch(name, Path(local))
+            return _from_folder(Path(local), name)
+    folder = Path(name).expanduser()
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return _from_folder(folder / subfolder, name)
+    return _from_hub(name, subfolder)
+
+
+def _from_folder(folder: Path, name: str) -> Autoencoder:
+    if not folder.is_dir():
+        raise UserError(
+            f"no VAE at {name!r}",
+            allowed=f"{', '.join(default_names())}, a diffusers folder, an fsspec URL or a hub id",
+        )
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"VAE folder {name!r} has no config.json", do="give a folder in diffusers' format")
+    if not any(folder.glob(f"{WEIGHTS}*.safetensors")):
+        raise UserError(
+            f"VAE folder {name!r} has no weights",
+            allowed=f"{WEIGHTS}.safetensors (pickle files are refused: they can run code)",
+            do="save it again with save_pretrained(..., safe_serialization=True)",
+        )
+    return Autoencoder(_load_class(folder, name), name)
+
+
+def _load_class(folder: Path, name: str) -> "DiffusersVae":
+    import diffusers
+
+    try:
+        class_name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except ValueError as error:
+        raise UserError(f"config.json of VAE {name!r} is not JSON: {error}") from error
+    if class_name not in CLASSES:
+        raise UserError(f"VAE {name!r} is a {class_name}", allowed=", ".join(CLASSES))
+    variant = None if (folder / f"{WEIGHTS}.safetensors").is_file() else "fp16"
+    try:
+        vae: DiffusersVae = getattr(diffusers, class_name).from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            variant=variant,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # true needs accelerate, and without it diffusers prints a notice
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load VAE {name!r}: {_first_line(error)}") from error
+    return vae
+
+
+def _from_hub(hub_id: str, subfolder: str) -> Autoencoder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [
+        f"{p}{name}" for p in (prefix, f"{prefix}vae/") for name in ("config.json", f"{WEIGHTS}*.safetensors")
+    ]
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=patterns)
+    except (LocalEntryNotFoundError, OSError, HfHubHTTPError) as error:
+        raise UserError(
+            f"the model hub cannot be reached for VAE {hub_id!r} and it is not in the local cache "
+            f"({type(error).__name__})",
+            do="check the network or give a local folder in diffusers' format, such as ./sd-vae-ft-mse",
+        ) from error
+    return _from_folder(Path(folder) / subfolder, hub_id)
+
+
+def _fetch(url: str, local: Path) -> None:
+    """Copy the files of one folder from a remote file system."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+        for remote in filesystem.ls(path, detail=False):
+            if remote.endswith((".json", ".safetensors")):
+                filesystem.get_file(remote, str(local / remote.rsplit("/", 1)[-1]))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot read VAE {url!r}: {_first_line(error)}") from error
+
+
+def default_names() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+
+
+def _spatial_factor(vae: "DiffusersVae") -> int:
+    """Pixels per latent along one side, from the config of any of the three classes."""
+    config = vae.config
+    if "block_out_channels" in config and "down_block_types" in config:
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+    blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return int(2 ** (len(blocks) - 1))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return max(multiple, -(-value // multiple) * multiple)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

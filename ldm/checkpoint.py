@@ -1,0 +1,100 @@
+"""A trained model's folder: diffusers' layout, plus ``ldm.json`` with what diffusers has no place for.
+
+unet/        EMA weights: what is sampled      scheduler/  a diffusers scheduler's config
+unet_last/   the weights of the last step      ldm.json    CheckpointInfo
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ldm import unet as unets
+from ldm.autoencoder import Autoencoder
+from ldm.errors import UserError
+from ldm.latents import Whitening
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+__all__ = ["CheckpointInfo", "check_vae", "read_info", "read_scheduler_config", "save"]
+
+INFO_FILE = "ldm.json"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+FORMAT_VERSION: Final = 1
+
+
+class CheckpointInfo(BaseModel):
+    """What a U-Net needs around it to make images.
+
+    latent_shape: (C, h, w) it was trained on; shift and scale: `ldm.latents.Whitening`; ``vae``:
+    where the VAE was loaded from, by whose fingerprint it is known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = FORMAT_VERSION
+    step: int
+    latent_shape: tuple[int, int, int]
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    vae: str
+    vae_fingerprint: str
+    class_names: tuple[str, ...] | None
+
+    @property
+    def whitening(self) -> Whitening:
+        return Whitening(self.shift, self.scale)
+
+
+def save(
+    folder: Path,
+    *,
+    ema: "UNet2DConditionModel",
+    last: "UNet2DConditionModel",
+    scheduler_config: dict[str, object],
+    info: CheckpointInfo,
+) -> None:
+    """Write a checkpoint into ``folder``; ``ldm.json`` comes last, so its presence means complete."""
+    unets.save(ema, folder / "unet")
+    unets.save(last, folder / "unet_last")
+    (folder / "scheduler").mkdir()
+    (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler_config, indent=1, sort_keys=True) + "\n")
+    (folder / INFO_FILE).write_text(info.model_dump_json(indent=1) + "\n")
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """UserError where ``folder`` is no complete checkpoint of ``ldm train``."""
+    path = folder / INFO_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is no checkpoint: it has no {INFO_FILE}", do="give a folder that ldm train wrote"
+        )
+    try:
+        return CheckpointInfo.model_validate_json(path.read_text())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "JSON"
+        raise UserError(f"{path} cannot be read ({where}: {problem['msg']})") from error
+
+
+def read_scheduler_config(folder: Path) -> dict[str, object]:
+    """The checkpoint's diffusers scheduler config. UserError where it is missing or no JSON object."""
+    try:
+        config = json.loads((folder / SCHEDULER_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SCHEDULER_FILE} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / SCHEDULER_FILE} is no JSON object")
+    return config
+
+
+def check_vae(autoencoder: Autoencoder, fingerprint: str, what: str) -> None:
+    """UserError unless ``autoencoder`` is the VAE whose latents ``what`` (a dataset, a checkpoint) holds."""
+    if autoencoder.fingerprint != fingerprint:
+        raise UserError(
+            f"{what} has latents of another VAE ({fingerprint[:12]}) than {autoencoder.name} "
+            f"({autoencoder.fingerprint[:12]})",
+            do="give the VAE that encoded it",
+        )

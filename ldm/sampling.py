@@ -1,0 +1,184 @@
+"""Step-wise sampling: one image's denoising state, and one batched U-Net call over many of them.
+
+A `Trajectory` owns all that its image depends on: scheduler, random generator, step count, guidance
+and condition. `denoise_step` moves any mix of trajectories on by one step each with one U-Net call.
+So images may join and leave between steps, and none depends on what it was batched with.
+
+Shape suffixes: C, H, W a latent's channels, rows and columns; B images; N rows of a U-Net call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioning, concat
+from ldm.errors import UserError
+from ldm.schedulers import SCHEDULERS, start
+from ldm.unet import predict
+
+__all__ = ["MAX_SEED", "MAX_STEPS", "SCHEDULERS", "Trajectory", "denoise_step", "sample"]
+
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(eq=False, kw_only=True)
+class Trajectory:
+    """One image on its way from noise to a clean latent.
+
+    ``shape``: (C, H, W) of the latent. ``scheduler``: a key of `SCHEDULERS`. ``scheduler_config``:
+    the checkpoint's diffusers scheduler config. ``num_inference_steps``: 1 to 1000. ``guidance``:
+    scale s >= 0 of classifier-free guidance; 1 is plain conditional sampling, at half the cost.
+    ``seed``: 0 to 2**63 - 1, the source of all the image's randomness (torch's CPU generator tells
+    seeds apart by their lowest 32 bits). ``condition``, ``null``: one row each; ``null`` is needed
+    unless guidance is 1. ``device``: where the latent lives.
+
+    ``latent``: float32 (C, H, W), in the scheduler's own scale until ``done``; ``step_index``: steps
+    taken so far.
+
+    Raises UserError for a user's choice that is not allowed, ValueError for a condition that does
+    not have one row.
+    """
+
+    shape: tuple[int, int, int]
+    scheduler: str
+    scheduler_config: Mapping[str, object]
+    num_inference_steps: int
+    guidance: float
+    seed: int
+    condition: Conditioning = field(default_factory=Conditioning)
+    null: Conditioning | None = None
+    device: torch.device | str = "cpu"
+    latent: Tensor = field(init=False, repr=False)
+    step_index: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        _check_choices(self.num_inference_steps, self.guidance, self.seed)
+        _check_conditions(self.condition, self.null, self.guidance)
+        self._scheduler = start(self.scheduler, self.scheduler_config, self.num_inference_steps)
+        self._variance_exploding = SCHEDULERS[self.scheduler].variance_exploding
+        # A generator on the CPU draws the same noise for every device.
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self.latent = torch.randn(self.shape, generator=self._generator).to(self.device)
+        if self._variance_exploding:
+            self.latent = self.latent * self._scheduler.init_noise_sigma
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all."""
+        return len(self._scheduler.timesteps)
+
+    @property
+    def done(self) -> bool:
+        return self.step_index >= self.num_steps
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that are taken, 0 to 1."""
+        return self.step_index / self.num_steps
+
+    @property
+    def guided(self) -> bool:
+        """Whether a step needs the unconditional prediction too."""
+        return self.guidance != 1.0
+
+    @property
+    def timestep(self) -> Tensor:
+        """The timestep that the next prediction is for: 0-dim, CPU. Raises ValueError when done."""
+        if self.done:
+            raise ValueError(f"all {self.num_steps} steps are taken")
+        return self._scheduler.timesteps[self.step_index]
+
+    def model_input(self) -> Tensor:
+        """What the U-Net is to see next: float32 (C, H, W)."""
+        if not self._variance_exploding:
+            return self.latent
+        return self._scheduler.scale_model_input(self.latent, self.timestep)
+
+    def advance(self, prediction_CHW: Tensor) -> None:
+        """Take one step along ``prediction_CHW``, of the latent's shape, guidance already applied."""
+        if prediction_CHW.shape != self.latent.shape:
+            raise ValueError(
+                f"prediction {tuple(prediction_CHW.shape)} for a latent {tuple(self.latent.shape)}"
+            )
+        # With a batch dimension, which diffusers' schedulers expect.
+        previous_1CHW, *_ = self._scheduler.step(
+            prediction_CHW[None],
+            self.timestep,
+            self.latent[None],
+            generator=self._generator,
+            return_dict=False,
+        )
+        self.latent = previous_1CHW[0]
+        self.step_index += 1
+
+
+@torch.no_grad()
+def denoise_step(unet: nn.Module, trajectories: Sequence[Trajectory]) -> None:
+    """Advance every trajectory by one step, with one U-Net call for all.
+
+    They may be at different steps and have different schedulers, guidance and conditions; latent
+    shapes and the kind of condition must agree. The call has a row for each trajectory, and a
+    second, unconditional one for each that is guided. Raises ValueError if one is done.
+    """
+    guided = [index for index, trajectory in enumerate(trajectories) if trajectory.guided]
+    rows = [*range(len(trajectories)), *guided]
+    inputs = [trajectory.model_input() for trajectory in trajectories]
+    timesteps = [trajectory.timestep.float() for trajectory in trajectories]
+    conditions = [trajectory.condition for trajectory in trajectories]
+    nulls = [t.null for t in trajectories if t.guided and t.null is not None]
+    prediction_NCHW = predict(
+        unet,
+        torch.stack([inputs[index] for index in rows]),
+        torch.stack([timesteps[index] for index in rows]),
+        concat(conditions + nulls),
+    )
+    predictions = list(prediction_NCHW[: len(trajectories)])
+    for index, unconditional_CHW in zip(guided, prediction_NCHW[len(trajectories) :], strict=True):
+        predictions[index] = _guide(predictions[index], unconditional_CHW, trajectories[index].guidance)
+    for trajectory, prediction_CHW in zip(trajectories, predictions, strict=True):
+        trajectory.advance(prediction_CHW)
+
+
+def sample(unet: nn.Module, trajectories: Sequence[Trajectory], batch_size: int) -> Tensor:
+    """Run all to the end, at most ``batch_size`` at a time: float32 (B, C, H, W), in their order.
+
+    One that ends makes room for the next at once, so mixed step counts keep the batch full.
+    """
+    if batch_size < 1 or not trajectories:
+        raise ValueError(f"need trajectories and a batch size, got {len(trajectories)} and {batch_size}")
+    unfinished = [trajectory for trajectory in trajectories if not trajectory.done]
+    while unfinished:
+        denoise_step(unet, unfinished[:batch_size])
+        unfinished = [trajectory for trajectory in unfinished if not trajectory.done]
+    return torch.stack([trajectory.latent for trajectory in trajectories])
+
+
+def _guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is our scale minus 1)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def _check_choices(num_steps: int, guidance: float, seed: int) -> None:
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise UserError(f"{num_steps} inference steps", allowed=f"1 to {MAX_STEPS}")
+    if not math.isfinite(guidance) or guidance < 0:
+        raise UserError(f"guidance {guidance}", allowed="a number from 0 on; 1 is no guidance")
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed {seed}", allowed=f"0 to {MAX_SEED}")
+
+
+def _check_conditions(condition: Conditioning, null: Conditioning | None, guidance: float) -> None:
+    if condition.num_rows not in (None, 1):
+        raise ValueError(f"a trajectory has one condition, got {condition.num_rows}")
+    if guidance == 1.0:
+        return
+    if condition.num_rows is None:
+        raise UserError(f"guidance {guidance} for a model without conditions", allowed="1")
+    if null is None or null.num_rows != 1:
+        raise ValueError("a guidance other than 1 needs the null condition, one row")

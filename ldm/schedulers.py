@@ -1,0 +1,134 @@
+"""The samplers on offer, and how one is started from a checkpoint's scheduler config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.objective import Kind, kind_of
+
+__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "start"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerRow:
+    """A sampler: its diffusers class, the kind of model it samples, and settings that it insists on.
+
+    ``variance_exploding``: its latent is ``x0 + sigma noise``, so it starts at the largest sigma,
+    and is scaled down before the U-Net sees it.
+    """
+
+    diffusers_class: str
+    kind: Kind
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    variance_exploding: bool = False
+
+
+SCHEDULERS: Mapping[str, SchedulerRow] = {
+    # Song et al. 2021, eq. 12 with eta = 0. diffusers clips to [-1, 1] unless told otherwise: right
+    # for pictures, wrong for latents.
+    "ddim": SchedulerRow(
+        diffusers_class="DDIMScheduler",
+        kind="ddpm",
+        overrides={"clip_sample": False, "thresholding": False},
+    ),
+    # Ho et al. 2020, algorithm 2.
+    "ddpm": SchedulerRow(
+        diffusers_class="DDPMScheduler",
+        kind="ddpm",
+        overrides={"clip_sample": False, "thresholding": False},
+    ),
+    # Karras et al. 2022, algorithm 1 without the second-order correction.
+    "euler": SchedulerRow(diffusers_class="EulerDiscreteScheduler", kind="ddpm", variance_exploding=True),
+    # Lu et al. 2022, DPM-Solver++(2M), algorithm 2.
+    "dpmpp": SchedulerRow(
+        diffusers_class="DPMSolverMultistepScheduler",
+        kind="ddpm",
+        overrides={"algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False},
+    ),
+    # Liu et al. 2022, section 2: Euler steps along the learned velocity.
+    "flow_euler": SchedulerRow(diffusers_class="FlowMatchEulerDiscreteScheduler", kind="flow"),
+}
+
+
+class Scheduler(Protocol):
+    """What is used of a diffusers scheduler: its timesteps, falling, and one step.
+
+    The last two members exist only where `SchedulerRow.variance_exploding`.
+    """
+
+    timesteps: Tensor
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        *,
+        generator: torch.Generator,
+        return_dict: bool,
+    ) -> tuple[Tensor, ...]: ...
+
+    @property
+    def init_noise_sigma(self) -> Tensor | float: ...
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
+
+
+def start(name: str, scheduler_config: Mapping[str, object], num_steps: int) -> Scheduler:
+    """A fresh scheduler with ``num_steps`` timesteps set, for one image.
+
+    ``scheduler_config``: the checkpoint's own, of any diffusers scheduler of the same kind. Raises
+    UserError for a scheduler that is unknown or of another kind, and for a step count that this
+    config cannot have.
+    """
+    import diffusers
+
+    row = _row(name, scheduler_config)
+    scheduler = getattr(diffusers, row.diffusers_class).from_config(dict(scheduler_config), **row.overrides)
+    refusal = UserError(
+        f"scheduler {name!r} cannot take {num_steps} steps with this checkpoint's scheduler config",
+        do="ask for fewer steps, or set timestep_spacing to 'trailing' in that config",
+    )
+    try:
+        scheduler.set_timesteps(num_steps)
+    except ValueError as error:
+        raise refusal from error
+    _drop_surplus_step(scheduler, num_steps)
+    if row.kind == "ddpm" and scheduler.timesteps[0] >= scheduler.config["num_train_timesteps"]:
+        raise refusal
+    # Between two equal noise levels a multistep solver divides by zero.
+    if (torch.diff(getattr(scheduler, "sigmas", scheduler.timesteps)) >= 0).any():
+        raise refusal
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    started: Scheduler = scheduler
+    return started
+
+
+def _row(name: str, scheduler_config: Mapping[str, object]) -> SchedulerRow:
+    kind = kind_of(scheduler_config)
+    fitting = ", ".join(key for key, row in SCHEDULERS.items() if row.kind == kind)
+    if name not in SCHEDULERS:
+        raise UserError(f"unknown scheduler {name!r}", allowed=fitting)
+    if SCHEDULERS[name].kind != kind:
+        raise UserError(f"scheduler {name!r} cannot sample a {kind} model", allowed=fitting)
+    return SCHEDULERS[name]
+
+
+def _drop_surplus_step(scheduler: Scheduler, num_steps: int) -> None:
+    """Undo a rounding error in diffusers' "trailing" spacing.
+
+    Its float ``arange`` yields one timestep too many, -1, for 64 of the step counts up to 1000 (61
+    is the first): a last step that takes the almost clean latent for pure noise.
+    """
+    if len(scheduler.timesteps) <= num_steps:
+        return
+    scheduler.timesteps = scheduler.timesteps[:num_steps]
+    if hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:num_steps], scheduler.sigmas[-1:]])

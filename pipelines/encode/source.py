@@ -1,0 +1,44 @@
+"""The first stage: Ray Data read tasks, one per shard, that stream a tar and yield its units."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import pyarrow as pa
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pipelines.encode.backlog import ShardWork
+from pipelines.encode.rows import ReadUnit
+from pipelines.encode.units import slice_units
+from pipelines.shards import read_samples
+
+__all__ = ["ShardSource"]
+
+
+class ShardSource(Datasource):
+    """Yields the units that are not committed, each as a `ReadUnit` row."""
+
+    def __init__(self, work: Sequence[ShardWork], unit_size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._work, self._unit_size = work, unit_size
+
+    def get_name(self) -> str:
+        """Name of the stage in progress bars."""
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Not known before reading."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
+    ) -> list[ReadTask]:
+        """One task per shard, whatever ``parallelism`` is: a tar is read forwards, by one reader."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        reads = (partial(_read_units, work, self._unit_size) for work in self._work)
+        return [ReadTask(read, unknown, ReadUnit.SCHEMA) for read in reads]
+
+
+def _read_units(work: ShardWork, unit_size: int) -> Iterator[pa.Table]:
+    for samples in slice_units(work.shard, read_samples(work.shard), unit_size, work.committed):
+        yield ReadUnit(samples).to_table()

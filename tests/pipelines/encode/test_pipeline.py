@@ -1,0 +1,263 @@
+"""ENCODE end to end on a local Ray cluster, with a random VAE and hand-made shards."""
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs.encode import EncodeJob
+from jobs.stats import StatsJob
+from ldm.autoencoder import load
+from ldm.errors import UserError
+from ldm.images import Preprocess, to_model
+from pipelines.dataset import DatasetHeader, LatentDataset
+from pipelines.encode.backlog import find_backlog
+from pipelines.encode.pipeline import encoded_units
+from pipelines.encode.pools import ActorPool, TaskPool
+from pipelines.latent_table import LatentRows, read_latents
+from pipelines.shards import Sample, list_shards, write_tar
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+Photo = Callable[[int], bytes]
+PREPROCESS = Preprocess(size_px=32)
+
+
+def labelled(key: str, image: bytes | None, label: object = 0) -> Sample:
+    return Sample(key, image, {"json": json.dumps({"label": label}).encode()})
+
+
+def jpeg(photo: Photo, seed: int) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(photo(seed))).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, photo: Photo) -> Path:
+    """Two shards: 10 good samples; 4 good ones among one of every kind of bad one, and a torn end."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_tar(folder / "good.tar", [labelled(f"g{i}", photo(i), i % 2) for i in range(10)])
+    truncated = jpeg(photo, 20)
+    bad = [
+        labelled("first", photo(11)),
+        labelled("cut", truncated[: len(truncated) // 2]),
+        Sample("text", b"\xff\xd8this is text, whatever its name says"),
+        labelled("none", None),
+        labelled("twice", photo(12)),
+        labelled("between", photo(13)),
+        labelled("twice", photo(14)),
+        labelled("minus", photo(15), -1),
+        labelled("beyond", photo(16), 2),
+        Sample("unlabelled", photo(17)),
+        labelled("torn", photo(18)),
+    ]
+    write_tar(folder / "mixed.tar", bad)
+    whole = (folder / "mixed.tar").read_bytes()
+    # 'torn' is the last sample and its PNG the last member: cut inside it.
+    (folder / "mixed.tar").write_bytes(whole[: whole.rindex(b"\x89PNG") + 600])
+    (folder / "classes.json").write_text('["cat", "dog"]')
+    return folder
+
+
+REASONS = {
+    "bad_label": 1,
+    "broken_tar": 1,
+    "duplicate_key": 1,
+    "no_image": 1,
+    "not_an_image": 1,
+    "truncated_image": 1,
+    "unknown_class": 1,
+}
+GOOD_KEYS = [f"g{i}" for i in range(10)] + ["first", "twice", "between", "unlabelled"]
+
+
+def job(corpus: Path, out: Path, vae: Path, **options: object) -> EncodeJob:
+    values = {"preprocess": PREPROCESS, "unit_size": 4, "micro_batch": 3, **options}
+    return EncodeJob(input=str(corpus), output=str(out), vae=str(vae), **values)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stored(dataset: LatentDataset) -> LatentRows:
+    """All rows in manifest order."""
+    parts = [read_latents(dataset.path(row["path"])) for row in dataset.manifest().to_pylist()]
+    return LatentRows(
+        [key for part in parts for key in part.keys],
+        [label for part in parts for label in part.labels],
+        np.concatenate([part.mean_NChw for part in parts]),
+        np.concatenate([part.std_NChw for part in parts]),
+    )
+
+
+@pytest.fixture(scope="module")
+def encoded(
+    corpus: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+) -> Path:
+    """The corpus, encoded once."""
+    out = tmp_path_factory.mktemp("latents") / "run"
+    summary = job(corpus, out, vae_folder).run()
+    assert summary["images"] == len(GOOD_KEYS)
+    assert summary["quarantined"] == REASONS
+    assert (summary["units_done"], summary["units_skipped"]) == (6, 0)
+    return out
+
+
+def test_every_input_is_a_row_or_in_quarantine(encoded: Path) -> None:
+    dataset = LatentDataset.open(encoded)
+    totals = dataset.totals()
+    assert totals.inputs == totals.rows + sum(totals.quarantined.values()) == 10 + 10 + 1
+    assert stored(dataset).keys == GOOD_KEYS
+    assert stored(dataset).labels == [0, 1] * 5 + [0, 0, 0, None]
+    assert dataset.header.class_names == ("cat", "dog")
+
+
+def test_quarantine_names_key_source_position_and_reason(encoded: Path) -> None:
+    files = sorted((encoded / "quarantine").iterdir())
+    found = [row for file in files for row in pq.read_table(file).to_pylist()]
+    assert {row["source"].rsplit("/", 1)[-1] for row in found} == {"mixed.tar"}
+    assert [(row["key"], row["position"], row["reason"]) for row in found] == [
+        ("cut", 1, "truncated_image"),
+        ("text", 2, "not_an_image"),
+        ("none", 3, "no_image"),
+        ("twice", 6, "duplicate_key"),
+        ("minus", 7, "bad_label"),
+        ("beyond", 8, "unknown_class"),
+        ("", 10, "broken_tar"),
+    ]
+
+
+def test_moments_are_those_of_a_direct_encode(encoded: Path, vae_folder: Path, photo: Photo) -> None:
+    rows = stored(LatentDataset.open(encoded))
+    images = np.stack([PREPROCESS(photo(seed)) for seed in (*range(10), 11, 12, 13, 17)])
+    direct = load(vae_folder).encode(to_model(images))
+    # Half a unit in the last place of fp16, and what the batch size changes in fp32.
+    for got, want in ((rows.mean_NChw, direct.mean_BChw), (rows.std_NChw, direct.std_BChw)):
+        torch.testing.assert_close(torch.from_numpy(got).float(), want, rtol=2**-11 * 1.01, atol=1e-6)
+
+
+def test_statistics_are_those_of_the_stored_rows(encoded: Path) -> None:
+    dataset = LatentDataset.open(encoded)
+    rows, stats = stored(dataset), dataset.stats()
+    assert stats is not None
+    mean, std = rows.mean_NChw.astype(np.float64), rows.std_NChw.astype(np.float64)
+    expected_std = np.sqrt(mean.var(axis=(0, 2, 3)) + (std**2).mean(axis=(0, 2, 3)))
+    np.testing.assert_allclose(stats.mean_C, mean.mean(axis=(0, 2, 3)), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(stats.std_C, expected_std, rtol=1e-12)
+    assert json.loads((encoded / "stats.json").read_text())["std"] == list(stats.std_C)
+    assert StatsJob(dataset=str(encoded)).run()["std"] == list(stats.std_C)
+
+
+def test_another_run_gives_the_same_bytes(
+    encoded: Path, corpus: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    # Two actors on a logical GPU each: who encodes a unit must not show in it.
+    pool = ActorPool(num_cpus=0.5, num_gpus=1, min_size=2, max_size=2)
+    job(corpus, tmp_path / "again", vae_folder, encoder=pool).run()
+    assert tree(tmp_path / "again") == tree(encoded)
+
+
+def test_resume_encodes_only_what_is_missing(
+    encoded: Path, corpus: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "resumed"
+    shutil.copytree(encoded, out)
+    removed = [
+        next((out / "commits").glob("good-*-000001.json")),
+        next((out / "commits").glob("mixed-*-000002.json")),
+    ]
+    for commit in removed:
+        unit = commit.stem
+        for path in [commit, *out.glob(f"data/*/{unit}.parquet"), *out.glob(f"quarantine/{unit}.parquet")]:
+            path.unlink()
+    times = {path: path.stat().st_mtime_ns for path in out.glob("commits/*")}
+    summary = job(corpus, out, vae_folder).run()
+    assert (summary["units_done"], summary["units_skipped"]) == (2, 4)
+    assert tree(out) == tree(encoded)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_nothing_left_to_do_starts_nothing(encoded: Path, corpus: Path, vae_folder: Path) -> None:
+    before = tree(encoded)
+    summary = job(corpus, encoded, vae_folder).run()
+    assert (summary["units_done"], summary["units_skipped"], summary["encoders"]) == (0, 6, ())
+    assert tree(encoded) == before
+
+
+def test_another_vae_is_refused_and_changes_nothing(
+    encoded: Path, corpus: Path, other_vae_folder: Path
+) -> None:
+    before = tree(encoded)
+    with pytest.raises(UserError, match="vae_fingerprint"):
+        job(corpus, encoded, other_vae_folder).run()
+    assert tree(encoded) == before
+
+
+def test_an_edited_shard_is_refused(encoded: Path, corpus: Path, vae_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "in")
+    (tmp_path / "in/good.tar").write_bytes((corpus / "good.tar").read_bytes() + b"\0" * 512)
+    before = tree(encoded)
+    with pytest.raises(UserError, match="shard good has changed"):
+        job(tmp_path / "in", encoded, vae_folder).run()
+    assert tree(encoded) == before
+
+
+def test_too_small_a_cluster_is_refused(corpus: Path, vae_folder: Path, tmp_path: Path) -> None:
+    for pool, said in ((ActorPool(num_cpus=64), "needs 65 CPUs"), (ActorPool(num_gpus=8), "needs 8 GPUs")):
+        with pytest.raises(UserError, match=said):
+            job(corpus, tmp_path / "out", vae_folder, encoder=pool).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_are_not_fused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray Data would otherwise decode inside the VAE actors when both want one CPU."""
+    header = DatasetHeader(vae="", vae_fingerprint="", f=4, channels=3, preprocess=PREPROCESS, unit_size=4)
+    backlog = find_backlog(list_shards(corpus), LatentDataset.create_or_check(tmp_path, header))
+    encoded_units(header, backlog, "", 1, TaskPool(), ActorPool()).explain()
+    plan = capsys.readouterr().out
+    assert {"ReadShards", "MapBatches(_decode_row)", "MapBatches(UnitEncoder)"} <= set(
+        re.findall(r"[\w()]+", plan)
+    )
+    assert "->" not in plan
+
+
+def test_size_must_be_a_multiple_of_f(corpus: Path, vae_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="multiples of 4"):
+        job(corpus, tmp_path / "out", vae_folder, preprocess=Preprocess(size_px=30)).run()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        ([Sample("a", None, {"json": b"{}"})], "no sample has an image"),
+        ([Sample("a", b"\xff\xd8text")], "not_an_image"),
+        ([], "no sample has an image"),
+    ],
+)
+def test_input_without_a_usable_image_leaves_nothing(
+    samples: list[Sample], said: str, vae_folder: Path, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "x.tar", samples)
+    with pytest.raises(UserError, match=said):
+        job(tmp_path / "x.tar", tmp_path / "out", vae_folder).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_empty_input(vae_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source, said in (("missing", "no such input"), ("empty", "no shards in")):
+        with pytest.raises(UserError, match=said):
+            job(tmp_path / source, tmp_path / "out", vae_folder).run()
+    assert not (tmp_path / "out").exists()

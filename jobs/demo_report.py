@@ -1,0 +1,151 @@
+"""The demo's report: one HTML page without outside references, and the figures in it."""
+
+import base64
+import io
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pipelines.evaluate import Reconstruction
+
+__all__ = ["Grid", "Report", "write"]
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Samples at one guidance: a row of images per class, and how well the class was met."""
+
+    guidance: float
+    rows: list[tuple[str, list[Pixels]]]
+    share: float
+    chance: float
+
+    @classmethod
+    def of(
+        cls, guidance: float, names: list[str], labels: list[int], images: list[Pixels], shards: Path
+    ) -> "Grid":
+        """Measure samples against the training crops in ``shards``."""
+        import torch
+
+        from ldm.images import to_model
+        from ldm.metrics import nearest_label_share
+
+        crops, crop_labels = _training_crops(shards)
+        share = nearest_label_share(
+            to_model(np.stack(images)), torch.tensor(labels), to_model(crops), torch.from_numpy(crop_labels)
+        )
+        rows = [
+            (name, [im for im, la in zip(images, labels, strict=True) if la == i])
+            for i, name in enumerate(names)
+        ]
+        return cls(guidance, rows, share, float(np.mean([np.mean(crop_labels == label) for label in labels])))
+
+
+@dataclass
+class Report:
+    """What the stages of a demo left behind; filled as they end."""
+
+    guidance: float
+    inference_steps: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    encode: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    reconstructions: "list[Reconstruction]" = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+
+    def figures(self) -> dict[str, object]:
+        """What ``--json`` prints."""
+        num_samples = sum(len(images) for _, images in self.grids[-1].rows)
+        return {
+            "class_share": self.grids[-1].share,
+            "class_share_unguided": self.grids[0].share,
+            "chance": self.grids[-1].chance,
+            "times_chance": self.grids[-1].share / self.grids[-1].chance,
+            "psnr_db": float(np.mean([r.psnr_db for r in self.reconstructions])),
+            "encode_images_per_s": self.encode["images_per_s"],
+            "train_steps_per_s": self.train["step"] / self.train["elapsed_s"],
+            "loss": self.train["loss"],
+            "sample_images_per_s": num_samples / list(self.seconds.values())[-1],
+            "seconds": self.seconds,
+        }
+
+
+def write(report: Report, out: Path) -> Path:
+    """Write ``report.html`` and the grids as PNGs into ``out``; returns the page's path."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("jobs"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["png"] = _data_url
+    (out / "samples").mkdir()
+    for grid in report.grids:
+        sheet = np.concatenate([np.concatenate(images, axis=1) for _, images in grid.rows], axis=0)
+        (out / "samples" / f"guidance-{grid.guidance:g}.png").write_bytes(_png(sheet))
+    history = _history(out / "checkpoint")
+    page = environment.get_template("demo.html").render(
+        report=report, figures=report.figures(), curve=_loss_curve(history), history=history, host=_host()
+    )
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _training_crops(shards: Path) -> tuple[Pixels, NDArray[np.int64]]:
+    from ldm.images import decode_image
+    from pipelines.shards import list_shards, read_samples
+
+    samples = [sample for shard in list_shards(shards) for sample in read_samples(shard)]
+    crops = np.stack([np.asarray(decode_image(sample.image or b"")) for sample in samples])
+    return crops, np.array([sample.label() for sample in samples], np.int64)
+
+
+def _history(checkpoint: Path) -> list[dict[str, float]]:
+    import json
+
+    from pipelines.train.unet import METRICS_FILE
+
+    return [json.loads(line) for line in (checkpoint / METRICS_FILE).read_text().splitlines()]
+
+
+def _loss_curve(history: list[dict[str, float]]) -> str:
+    """The training loss over steps, as a data URL of an SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([h["step"] for h in history], [h["loss"] for h in history], color="#2563eb")
+    axes.set(xlabel="step", ylabel="loss (mean of the interval)")
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _png(image: Pixels) -> bytes:
+    from ldm.images import encode_png
+
+    return encode_png(image)
+
+
+def _data_url(image: Pixels) -> str:
+    return f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}"
+
+
+def _host() -> dict[str, object]:
+    import os
+    from importlib.metadata import version
+
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return {
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {gpus} GPUs",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "diffusers")),
+    }

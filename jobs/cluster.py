@@ -65,6 +65,7 @@ def connected(config: ClusterConfig, *, worker_logs: bool = False) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 def _start(config: ClusterConfig, worker_logs: bool) -> None:
@@ -73,12 +74,14 @@ def _start(config: ClusterConfig, worker_logs: bool) -> None:
     _drop_token_notice()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is None:
+        dashboard_port = _own_dashboard() if worker_logs else None
         ray.init(
             address="local",  # else Ray would join any cluster that was last started on this machine
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
             object_store_memory=config.object_store_memory_bytes,
-            include_dashboard=False,
+            include_dashboard=dashboard_port is not None,
+            dashboard_port=dashboard_port,
             logging_level=logging.WARNING,
             log_to_driver=worker_logs,
         )
@@ -88,6 +91,21 @@ def _start(config: ClusterConfig, worker_logs: bool) -> None:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_logs)
     except (ConnectionError, TimeoutError) as error:
         raise _unreachable(address, str(error)) from error
+
+
+def _own_dashboard() -> int:
+    """A free port for the dashboard, made known to every process of the cluster about to start.
+
+    Ray Train's cleaner asks a dashboard once a second whether its controller lives, and removes the
+    workers if not. Left to find one, it takes that of any other Ray on this machine, which knows
+    nothing of the controller: two trainings on one machine then end each other.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    # Ray Train would print every line twice: as it is and as a log record.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    return port
 
 
 def _check_reachable(address: str) -> None:

@@ -108,7 +108,7 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
 
 def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, storage: Path) -> "Result":
     """Train on Ray; checkpoints (see `ldm.checkpoint`) are kept under ``storage``."""
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
@@ -123,6 +123,7 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, stor
             name="ray_train",
             storage_path=str(storage.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     return trainer.fit()

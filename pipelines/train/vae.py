@@ -140,7 +140,7 @@ def export(trained: Path, out: Path, dtype: str) -> None:
 
 def fit(source: str, config: VaeTraining, storage: Path) -> "Result":
     """Train on Ray; the result's checkpoint holds ``vae/`` (EMA weights, diffusers format)."""
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
@@ -155,6 +155,7 @@ def fit(source: str, config: VaeTraining, storage: Path) -> "Result":
             name="ray_train",
             storage_path=str(storage.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets={"train": crop_dataset(source, config)},
     )
@@ -182,13 +183,14 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, config.steps, config.warmup_steps)
     )
-    batches = ray.train.get_dataset_shard("train").iter_torch_batches(
+    stream = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=config.batch_size // world,
+        batch_format="numpy",
         local_shuffle_buffer_size=64 * config.batch_size,
         local_shuffle_seed=config.seed + rank,
         drop_last=True,
-        collate_fn=lambda batch: to_model(batch["image"]),
     )
+    batches = (to_model(batch["image"]) for batch in stream)
     progress = Progress("train-vae", config.steps, config.batch_size, quiet=rank > 0)
     for step, images in zip(range(1, config.steps + 1), batches, strict=False):
         loss, reconstruction, kl = model(images.to(get_device()))
@@ -202,9 +204,9 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
         if last or step % config.log_every == 0:
             metrics = {
                 "step": step,
-                "loss": float(loss),
-                "reconstruction": float(reconstruction),
-                "kl": float(kl),
+                "loss": float(loss.detach()),
+                "reconstruction": float(reconstruction.detach()),
+                "kl": float(kl.detach()),
             }
             stop_on_nan(metrics | {"gradient norm": float(norm)})
             progress.line(step, metrics)
@@ -228,6 +230,6 @@ def _report_checkpoint(metrics: dict[str, float], vae: nn.Module, rank: int) -> 
 
     with TemporaryDirectory() as folder:
         if rank == 0:
-            vae.save_pretrained(Path(folder) / "vae")  # type: ignore[operator]  # diffusers' ModelMixin
+            vae.save_pretrained(Path(folder) / "vae")
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint if rank == 0 else None)

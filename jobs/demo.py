@@ -144,9 +144,9 @@ class DemoJob(JobConfig):
         ]
         checkpoint = self.out / "checkpoint"
         pools = GeneratePools(sampler=Pool(batch_size=len(requests), threads=os.cpu_count()))
-        images = generate(checkpoint, requests, check(checkpoint, requests, self.vae), pools)
+        made = generate(checkpoint, requests, check(checkpoint, requests, self.vae), pools)
         labels = [request.label or 0 for request in requests]
-        return Grid.of(guidance, names, labels, images, self.out / "shards")
+        return Grid.of(guidance, names, labels, made, self.out / "shards")
 
 
 def photo_paths() -> dict[str, Path]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from pipelines.evaluate import Reconstruction
+    from pipelines.generate import Generated
 
 __all__ = ["Grid", "Report", "write"]
 
@@ -26,10 +27,11 @@ class Grid:
     rows: list[tuple[str, list[Pixels]]]
     share: float
     chance: float
+    where: list[str]
 
     @classmethod
     def of(
-        cls, guidance: float, names: list[str], labels: list[int], images: list[Pixels], shards: Path
+        cls, guidance: float, names: list[str], labels: list[int], made: "Generated", shards: Path
     ) -> "Grid":
         """Measure samples against the training crops in ``shards``."""
         import torch
@@ -37,6 +39,7 @@ class Grid:
         from ldm.images import to_model
         from ldm.metrics import nearest_label_share
 
+        images = made.images
         crops, crop_labels = _training_crops(shards)
         share = nearest_label_share(
             to_model(np.stack(images)), torch.tensor(labels), to_model(crops), torch.from_numpy(crop_labels)
@@ -45,7 +48,8 @@ class Grid:
             (name, [im for im, la in zip(images, labels, strict=True) if la == i])
             for i, name in enumerate(names)
         ]
-        return cls(guidance, rows, share, float(np.mean([np.mean(crop_labels == label) for label in labels])))
+        chance = float(np.mean([np.mean(crop_labels == label) for label in labels]))
+        return cls(guidance, rows, share, chance, made.where)
 
 
 @dataclass
@@ -147,5 +151,6 @@ def _host() -> dict[str, object]:
     gpus = torch.cuda.device_count()
     return {
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {gpus} GPUs",
+        "threads": os.cpu_count(),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "diffusers")),
     }

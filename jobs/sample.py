@@ -44,7 +44,7 @@ class SampleJob(JobConfig):
         vae = check(self.checkpoint, requests, self.vae)
         start = time.perf_counter()
         with connected(self.cluster):
-            images = generate(self.checkpoint, requests, vae, self.pools)
+            images = generate(self.checkpoint, requests, vae, self.pools).images
         seconds = time.perf_counter() - start
         self.out.mkdir(parents=True, exist_ok=True)
         files = []

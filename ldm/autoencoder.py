@@ -48,7 +48,9 @@ PRESETS: Mapping[str, Preset] = {
     "f4": Preset((24, 64, 120), latent_channels=3),
     "f8": Preset((16, 32, 64, 120), latent_channels=4),
     "f16": Preset((16, 32, 64, 96, 96), latent_channels=16),
-    "sd": Preset((128, 256, 512, 512), 4, layers_per_block=2, norm_num_groups=32, mid_block_add_attention=True),
+    "sd": Preset(
+        (128, 256, 512, 512), 4, layers_per_block=2, norm_num_groups=32, mid_block_add_attention=True
+    ),
 }
 
 
@@ -68,7 +70,8 @@ class Autoencoder:
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> "Autoencoder":
         """Move in place; returns itself."""
         # Not vae.to: diffusers warns of every cast, whether or not the model minds it.
-        nn.Module.to(self.vae, device, dtype, memory_format=torch.channels_last)
+        nn.Module.to(self.vae, device=device, dtype=dtype)
+        nn.Module.to(self.vae, memory_format=torch.channels_last)
         return self
 
     @torch.inference_mode()

@@ -3,6 +3,8 @@
 The two stages are Ray Data actor pools, so the U-Net and the VAE scale and take devices apart.
 """
 
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from ldm.images import from_model
 from ldm.sampling import Trajectory, sample
 from pipelines.device import pick_device
 
-__all__ = ["GeneratePools", "Pool", "Request", "check", "generate"]
+__all__ = ["GeneratePools", "Generated", "Pool", "Request", "check", "generate"]
 
 Columns = dict[str, NDArray[Any]]
 
@@ -57,6 +59,14 @@ class Request:
     scheduler: str
 
 
+@dataclass(frozen=True)
+class Generated:
+    """Images (H, W, 3) uint8, and a line for every actor that took part: stage, process, node, device."""
+
+    images: list[NDArray[np.uint8]]
+    where: list[str]
+
+
 class Sampler:
     """Actor: requests → whitened-back latents, in the VAE's own scale."""
 
@@ -75,7 +85,8 @@ class Sampler:
             for i in range(len(batch["seed"]))
         ]
         x_BChw = sample(self.unet, trajectories, batch_size=len(trajectories))
-        return {**batch, "latent": self.info.whitening.denormalise(x_BChw).cpu().numpy()}
+        latents = self.info.whitening.denormalise(x_BChw).cpu().numpy()
+        return {**batch, "latent": latents, "sampler": np.full(len(latents), _place(self.device))}
 
     def _trajectory(self, row: dict[str, Any]) -> Trajectory:
         condition, null = Conditioning(), None
@@ -109,7 +120,13 @@ class Decoder:
     def __call__(self, batch: Columns) -> Columns:
         """Replaces ``latent`` by ``image`` (B, H, W, 3) uint8."""
         images = from_model(self.autoencoder.decode(torch.from_numpy(np.stack(list(batch["latent"])))))
-        return {**{name: column for name, column in batch.items() if name != "latent"}, "image": images}
+        kept = {name: column for name, column in batch.items() if name != "latent"}
+        place = _place(self.autoencoder.vae.device)
+        return {**kept, "image": images, "decoder": np.full(len(images), place)}
+
+
+def _place(device: torch.device) -> str:
+    return f"process {os.getpid()} on {platform.node()} ({device})"
 
 
 def check(folder: Path, requests: Sequence[Request], vae: str | None) -> str:
@@ -140,10 +157,8 @@ def check(folder: Path, requests: Sequence[Request], vae: str | None) -> str:
     return chosen
 
 
-def generate(
-    folder: Path, requests: Sequence[Request], vae: str, pools: GeneratePools
-) -> list[NDArray[np.uint8]]:
-    """Images (H, W, 3) in the order of the requests. Needs a connected Ray; `check` first."""
+def generate(folder: Path, requests: Sequence[Request], vae: str, pools: GeneratePools) -> Generated:
+    """Images in the order of the requests. Needs a connected Ray; `check` first."""
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -172,4 +187,6 @@ def generate(
         )
         .take_all()
     )
-    return [row["image"] for row in sorted(images, key=lambda row: int(row["index"]))]
+    images.sort(key=lambda row: int(row["index"]))
+    where = sorted({f"{stage} {row[stage]}" for row in images for stage in ("sampler", "decoder")})
+    return Generated([row["image"] for row in images], where)

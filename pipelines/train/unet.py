@@ -5,6 +5,8 @@ workers share the global batch, up to the rounding of the gradient sum.
 """
 
 import json
+import os
+import platform
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,7 +121,7 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, stor
             use_gpu=config.num_gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": config.num_gpus} if config.num_gpus else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # v2 of Ray Train, which mypy takes for v1
             name="ray_train",
             storage_path=str(storage.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -248,4 +250,7 @@ def _report_checkpoint(
             )
             lines = [json.dumps(metrics) + "\n" for metrics in history]
             (Path(folder) / METRICS_FILE).write_text("".join(lines))
-        ray.train.report(history[-1], ray.train.Checkpoint.from_directory(folder) if rank == 0 else None)
+        where = {"node": platform.node(), "pid": os.getpid(), "device": str(next(last.parameters()).device)}
+        ray.train.report(
+            {**history[-1], **where}, ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
+        )

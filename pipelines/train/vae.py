@@ -151,7 +151,7 @@ def fit(source: str, config: VaeTraining, storage: Path) -> "Result":
             use_gpu=config.num_gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": config.num_gpus} if config.num_gpus else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # v2 of Ray Train, which mypy takes for v1
             name="ray_train",
             storage_path=str(storage.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -191,6 +191,7 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
         drop_last=True,
     )
     batches = (to_model(batch["image"]) for batch in stream)
+    sums = torch.zeros(3, device=get_device())
     progress = Progress("train-vae", config.steps, config.batch_size, quiet=rank > 0)
     for step, images in zip(range(1, config.steps + 1), batches, strict=False):
         loss, reconstruction, kl = model(images.to(get_device()))
@@ -200,14 +201,12 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
         optimizer.step()
         schedule.step()
         ema.update_parameters(vae)
+        sums += torch.stack([loss, reconstruction, kl]).detach()
         last = step == config.steps
         if last or step % config.log_every == 0:
-            metrics = {
-                "step": step,
-                "loss": float(loss.detach()),
-                "reconstruction": float(reconstruction.detach()),
-                "kl": float(kl.detach()),
-            }
+            means = (sums / (step % config.log_every or config.log_every)).tolist()
+            metrics = {"step": step, **dict(zip(("loss", "reconstruction", "kl"), means, strict=True))}
+            sums.zero_()
             stop_on_nan(metrics | {"gradient norm": float(norm)})
             progress.line(step, metrics)
             if last or step % config.checkpoint_every == 0:
@@ -217,14 +216,14 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
                 ray.train.report(metrics)
 
 
-def set_scaling_factor(vae: nn.Module, batches: Iterable[Tensor]) -> None:
+def set_scaling_factor(vae: "AutoencoderKL", batches: Iterable[Tensor]) -> None:
     """Record 1 / std of the latents of ``batches`` in the VAE's config: measured, not a constant."""
-    encoder = autoencoder.Autoencoder(vae)  # type: ignore[arg-type]
+    encoder = autoencoder.Autoencoder(vae)
     stats = LatentStats.merge_all(LatentStats.of(encoder.encode(images)) for images in batches)
-    vae.register_to_config(scaling_factor=round(stats.scaling_factor, 5))  # type: ignore[operator]
+    vae.register_to_config(scaling_factor=round(stats.scaling_factor, 5))
 
 
-def _report_checkpoint(metrics: dict[str, float], vae: nn.Module, rank: int) -> None:
+def _report_checkpoint(metrics: dict[str, float], vae: "AutoencoderKL", rank: int) -> None:
     """Report ``metrics`` with a checkpoint, of which rank 0 writes the one part: ``vae/``."""
     import ray.train
 

@@ -74,13 +74,13 @@ def _start(config: ClusterConfig, worker_logs: bool) -> None:
     _drop_token_notice()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        dashboard_port = _own_dashboard() if worker_logs else None
+        dashboard_port = _own_dashboard_port()
         ray.init(
             address="local",  # else Ray would join any cluster that was last started on this machine
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
             object_store_memory=config.object_store_memory_bytes,
-            include_dashboard=dashboard_port is not None,
+            include_dashboard=worker_logs,
             dashboard_port=dashboard_port,
             logging_level=logging.WARNING,
             log_to_driver=worker_logs,
@@ -93,12 +93,13 @@ def _start(config: ClusterConfig, worker_logs: bool) -> None:
         raise _unreachable(address, str(error)) from error
 
 
-def _own_dashboard() -> int:
+def _own_dashboard_port() -> int:
     """A free port for the dashboard, made known to every process of the cluster about to start.
 
     Ray Train's cleaner asks a dashboard once a second whether its controller lives, and removes the
     workers if not. Left to find one, it takes that of any other Ray on this machine, which knows
-    nothing of the controller: two trainings on one machine then end each other.
+    nothing of the controller: two trainings on one machine then end each other. So the address is set
+    even where no dashboard is started; the cleaner then asks in vain, and leaves things as they are.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])

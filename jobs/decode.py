@@ -53,10 +53,13 @@ def _from_npy(path: Path) -> "NDArray[np.float32]":
 
     try:
         latent = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"cannot read latent {path}: {error}", allowed="a .npy array without pickle"
         ) from error
+    if not isinstance(latent, np.ndarray):
+        latent.close()
+        raise UserError(f"{path} is an archive of arrays", allowed="a .npy array without pickle")
     if latent.ndim != 3 or latent.dtype.kind != "f":
         raise UserError(f"{path} holds {latent.dtype} {latent.shape}", allowed="floats of shape (C, h, w)")
     as_fp32: NDArray[np.float32] = latent.astype(np.float32)

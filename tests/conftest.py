@@ -1,7 +1,8 @@
-"""What the whole session shares: an environment without network or threads, and one Ray cluster."""
+"""What the whole session shares: an environment without network or threads, one Ray cluster, tiny models."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+# The shared cluster has no dashboard. Left to look for one, Ray Train would ask that of another
+# cluster on this machine whether its controller lives, and end the training on a "no".
+os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +36,155 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
         for module in modules:
             register_pickle_by_value(module)
+
+
+def save_random_vae(folder: Path, seed: int) -> Path:
+    """An AutoencoderKL of 8 channels, f = 4, 3 latent channels, in diffusers' format."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            latent_channels=3,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        )
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random VAE with f = 4."""
+    return save_random_vae(tmp_path_factory.mktemp("vae"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE of the same layout with other weights."""
+    return save_random_vae(tmp_path_factory.mktemp("other_vae"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Callable[[int], bytes]:
+    """seed → a PNG of 40×32 pixels."""
+    import numpy as np
+
+    from ldm.images import encode_png
+
+    def make(seed: int) -> bytes:
+        rng = np.random.default_rng(seed)
+        return encode_png(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_latents(vae_folder: Path) -> Callable[..., Path]:
+    """(folder, count=20, size_px=32, …) → a latent dataset of ``vae_folder`` made by hand, 8 rows a unit.
+
+    Moments are random, keys ``k0``, ``k1``, …; labels go round the classes, and the last row has none.
+    """
+    import numpy as np
+    import torch
+
+    from ldm.autoencoder import load
+    from ldm.images import Preprocess
+    from ldm.latents import LatentStats, Moments
+    from pipelines.dataset import Commit, DatasetHeader, LatentDataset, StoredStats
+    from pipelines.latent_table import LatentRows, data_bytes
+
+    fingerprint = load(vae_folder).fingerprint
+
+    def write(
+        folder: Path,
+        count: int = 20,
+        size_px: int = 32,
+        class_names: Sequence[str] | None = ("cat", "dog"),
+        unit_sizes_px: Sequence[int] = (),
+    ) -> Path:
+        """unit_sizes_px: the images' size in each unit, where it is to differ."""
+        header = DatasetHeader(
+            vae=str(vae_folder),
+            vae_fingerprint=fingerprint,
+            f=4,
+            channels=3,
+            preprocess=Preprocess(size_px=size_px),
+            unit_size=8,
+            class_names=None if class_names is None else tuple(class_names),
+        )
+        dataset = LatentDataset.create_or_check(folder, header)
+        rng = np.random.default_rng(0)
+        for index, start in enumerate(range(0, count, 8)):
+            rows = range(start, min(start + 8, count))
+            side = (unit_sizes_px[index] if unit_sizes_px else size_px) // 4
+            mean = rng.normal(3, 2, (len(rows), 3, side, side)).astype(np.float16)
+            std = np.exp(rng.normal(-1, 0.3, mean.shape)).astype(np.float16)
+            labels = [i % 2 if class_names and i < count - 1 else None for i in rows]
+            latents = LatentRows([f"k{i}" for i in rows], labels, mean, std)
+            unit = f"unit-{index:06d}"
+            stats = LatentStats.of(Moments(torch.from_numpy(mean), torch.from_numpy(std)))
+            bucket = f"{4 * side}x{4 * side}"
+            file = dataset.publish(f"data/{bucket}/{unit}.parquet", data_bytes(latents), len(rows))
+            dataset.commit(
+                Commit(
+                    unit=unit,
+                    shard="file:///a.tar",
+                    shard_version="1",
+                    index=index,
+                    is_final=start + 8 >= count,
+                    num_inputs=len(rows),
+                    num_rows=len(rows),
+                    num_quarantined=0,
+                    quarantined={},
+                    files=(file,),
+                    quarantine_file=None,
+                    stats=StoredStats(count=stats.count, mean=stats.mean_C, m2=stats.m2_C),
+                )
+            )
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def latent_folder(write_latents: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows of latents (3, 8, 8), classes cat and dog."""
+    return write_latents(tmp_path_factory.mktemp("latents") / "dataset")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folders(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """prediction → a checkpoint with random weights: latents (3, 8, 8), classes cat and dog."""
+    import torch
+
+    from ldm import checkpoint, unet
+    from ldm.autoencoder import load
+    from ldm.objective import NoiseSchedule
+
+    folders = {}
+    for prediction in ("v_prediction", "flow"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = unet.build("tiny", in_channels=3, num_classes=2, sample_size=8)
+        folders[prediction] = tmp_path_factory.mktemp(prediction)
+        checkpoint.save(
+            folders[prediction],
+            ema=model,
+            last=model,
+            scheduler_config=NoiseSchedule(prediction=prediction).scheduler_config(),  # type: ignore[arg-type]
+            info=checkpoint.CheckpointInfo(
+                step=1,
+                latent_shape=(3, 8, 8),
+                shift=(0.5, -0.5, 0.0),
+                scale=(1.0, 2.0, 0.5),
+                vae=str(vae_folder),
+                vae_fingerprint=load(vae_folder).fingerprint,
+                class_names=("cat", "dog"),
+            ),
+        )
+    return folders

@@ -18,7 +18,7 @@ from ldm.latents import Moments, keyed_normal, keyed_seed
 from pipelines.dataset import LatentDataset
 from pipelines.latent_table import read_latents
 
-__all__ = ["LatentBatch", "LatentRows", "batches", "load_rows", "row_order"]
+__all__ = ["LatentBatch", "LatentRows", "batches", "check_batch_size", "load_rows", "row_order"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ def row_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(keyed_seed("order", seed, epoch))).permutation(num_rows)
 
 
+def check_batch_size(num_rows: int, batch_size: int) -> None:
+    """UserError where an epoch has no whole batch."""
+    if batch_size > num_rows:
+        raise UserError(f"{num_rows} latents cannot fill a batch of {batch_size}", allowed=f"1 to {num_rows}")
+
+
 def batches(
     rows: LatentRows, *, seed: int, batch_size: int, rank: int, world: int, first: int = 0
 ) -> Iterator[LatentBatch]:
@@ -92,9 +98,8 @@ def batches(
     therefore sees the same global batches. The posterior is sampled afresh, seeded by (epoch, key).
     """
     num_rows = len(rows.keys)
+    check_batch_size(num_rows, batch_size)
     per_epoch = num_rows // batch_size
-    if not per_epoch:
-        raise UserError(f"{num_rows} latents cannot fill a batch of {batch_size}", allowed=f"1 to {num_rows}")
     index, epoch, order = first, -1, np.empty(0, np.int64)
     while True:
         if index // per_epoch != epoch:

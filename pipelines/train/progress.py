@@ -48,11 +48,11 @@ class Progress:
 
 
 def stop_on_nan(metrics: Mapping[str, float]) -> None:
-    """DivergedError that names step and metric unless every value is finite."""
+    """DivergedError that names metric and ``step``, which is one of them, unless all are finite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise DivergedError(
-                f"{name} is {value} at step {metrics.get('step', '?'):.0f}; lower the learning rate or "
+                f"{name} is {value} at step {metrics['step']:.0f}; lower the learning rate or "
                 f"start again from the last checkpoint"
             )
 

@@ -23,7 +23,7 @@ from ldm.errors import UserError
 from ldm.latents import Whitening, keyed_normal, keyed_seed
 from ldm.objective import NoiseSchedule, diffusion_loss, min_snr_weight
 from pipelines.dataset import LatentDataset
-from pipelines.train.loader import LatentBatch, batches, load_rows
+from pipelines.train.loader import LatentBatch, batches, check_batch_size, load_rows
 from pipelines.train.progress import Progress, stop_on_nan
 from pipelines.train.schedule import lr_factor
 
@@ -96,6 +96,7 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
     stats = dataset.stats()
     if stats is None:
         raise UserError(f"latent dataset {dataset.url} has no rows", do="see its quarantine folder")
+    check_batch_size(dataset.totals().rows, config.batch_size)
     whitening = Whitening.from_stats(stats) if config.whitening == "data" else vae_model.whitening
     return CheckpointInfo(
         step=0,
@@ -158,7 +159,7 @@ def _uniform_pairs(batch: LatentBatch, config: UnetTraining) -> tuple[Tensor, Te
 
 
 def _conditioning(labels_B: Tensor, keep_B: Tensor, info: CheckpointInfo) -> Conditioning:
-    if info.class_names is None:
+    if not info.class_names:
         return Conditioning()
     # A row without a label trains the unconditional model.
     labelled_B = labels_B >= 0

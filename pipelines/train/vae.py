@@ -210,17 +210,26 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
             stop_on_nan(metrics | {"gradient norm": float(norm)})
             progress.line(step, metrics)
             if last or step % config.checkpoint_every == 0:
-                set_scaling_factor(ema.module, islice(batches, STATISTICS_BATCHES) if last else [images])
+                set_scale(ema.module, islice(batches, STATISTICS_BATCHES) if last else [images])
                 _report_checkpoint(metrics, ema.module, rank)
             else:
                 ray.train.report(metrics)
 
 
-def set_scaling_factor(vae: "AutoencoderKL", batches: Iterable[Tensor]) -> None:
-    """Record 1 / std of the latents of ``batches`` in the VAE's config: measured, not a constant."""
+def set_scale(vae: "AutoencoderKL", batches: Iterable[Tensor]) -> None:
+    """Record the scale of the latents of ``batches`` in the VAE's config: measured, not a constant.
+
+    ``scaling_factor`` alone gives std 1 over all channels; with ``latents_mean`` and ``latents_std``,
+    as diffusers combines the three, every channel has mean 0 and std 1.
+    """
     encoder = autoencoder.Autoencoder(vae)
     stats = LatentStats.merge_all(LatentStats.of(encoder.encode(images)) for images in batches)
-    vae.register_to_config(scaling_factor=round(stats.scaling_factor, 5))
+    factor = stats.scaling_factor
+    vae.register_to_config(
+        scaling_factor=round(factor, 5),
+        latents_mean=[round(mean, 5) for mean in stats.mean_C],
+        latents_std=[round(std * factor, 5) for std in stats.std_C],
+    )
 
 
 def _report_checkpoint(metrics: dict[str, float], vae: "AutoencoderKL", rank: int) -> None:

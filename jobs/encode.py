@@ -1,7 +1,6 @@
 """``ldm encode``: image shards → latent dataset."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
@@ -39,6 +38,7 @@ class EncodeJob(JobConfig):
         from pipelines.encode.backlog import find_backlog, require_image
         from pipelines.encode.pipeline import encode, require_resources
         from pipelines.shards import list_shards
+        from pipelines.vae_source import on_every_node
 
         # Everything that the user can have got wrong is found before anything is written.
         autoencoder = load(self.vae)
@@ -61,7 +61,7 @@ class EncodeJob(JobConfig):
             summary = encode(
                 dataset,
                 find_backlog(shards, dataset),
-                vae=_on_every_node(self.vae),
+                vae=on_every_node(self.vae),
                 micro_batch=self.micro_batch,
                 decode_pool=self.decode,
                 encoder_pool=self.encoder,
@@ -72,14 +72,6 @@ class EncodeJob(JobConfig):
             f"{summary.units_skipped} skipped; quarantined: {_counts(summary.quarantined)}"
         )
         return asdict(summary)
-
-
-def _on_every_node(vae: str) -> str:
-    """A relative folder made absolute: workers have another working directory."""
-    from ldm.autoencoder import default_names
-
-    folder = Path(vae).expanduser()
-    return str(folder.resolve()) if vae not in default_names() and folder.is_dir() else vae
 
 
 def _counts(quarantined: dict[str, int]) -> str:

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
@@ -10,10 +9,7 @@ from pydantic_settings import CliPositionalArg
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig, save_resolved
 from ldm.errors import UserError
-
-if TYPE_CHECKING:
-    from pipelines.generate import Request
-from pipelines.generate import GeneratePools
+from pipelines.generate import GeneratePools, Request, check, generate
 
 __all__ = ["SampleJob"]
 
@@ -38,7 +34,6 @@ class SampleJob(JobConfig):
     def run(self) -> dict[str, object]:
         """The files written and images per second."""
         from ldm.images import encode_png
-        from pipelines.generate import check, generate
 
         names, requests = self._requests()
         vae = check(self.checkpoint, requests, self.vae)
@@ -59,12 +54,11 @@ class SampleJob(JobConfig):
             "images_per_s": len(files) / seconds,
         }
 
-    def _requests(self) -> "tuple[list[str], list[Request]]":
+    def _requests(self) -> tuple[list[str], list[Request]]:
         """File name stem and request of each image."""
         from ldm.checkpoint import read_info, read_scheduler_config
         from ldm.conditioning import ClassConditioner
         from ldm.objective import kind_of
-        from pipelines.generate import Request
 
         info = read_info(self.checkpoint)
         scheduler = self.scheduler or (
@@ -85,7 +79,10 @@ class SampleJob(JobConfig):
             for i in range(self.images_per_class)
         ]
         names = [
-            info.class_names[r.label] if info.class_names and r.label is not None else "image"
+            # A class's name comes from outside: no part of it may be a folder.
+            info.class_names[r.label].replace("/", "_")
+            if info.class_names and r.label is not None
+            else "image"
             for r in requests
         ]
         return names, requests

@@ -8,7 +8,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig, save_resolved
-from ldm.errors import UserError
+from jobs.output_folder import require_new_folder
 from pipelines.train.unet import UnetTraining
 
 __all__ = ["TrainJob"]
@@ -31,8 +31,7 @@ class TrainJob(JobConfig):
         from pipelines.dataset import LatentDataset
         from pipelines.train.unet import fit, plan
 
-        if self.out.exists() and any(self.out.iterdir()):
-            raise UserError(f"output folder {self.out} is not empty", do="give a new folder")
+        require_new_folder(self.out)
         dataset = LatentDataset.open(self.dataset)
         info = plan(dataset, self.train, self.vae)
         with connected(self.cluster, worker_logs=True):

@@ -7,7 +7,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig, save_resolved
-from ldm.errors import UserError
+from jobs.output_folder import require_new_folder
 from pipelines.train.vae import VaeTraining
 
 
@@ -23,8 +23,7 @@ class TrainVaeJob(JobConfig):
         from ldm import autoencoder
         from pipelines.train.vae import check, export, fit
 
-        if self.out.exists() and any(self.out.iterdir()):
-            raise UserError(f"output folder {self.out} is not empty", do="give a new folder")
+        require_new_folder(self.out)
         check(self.input, self.train)
         with connected(self.cluster, worker_logs=True):
             result = fit(self.input, self.train, self.out)

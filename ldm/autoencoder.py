@@ -5,30 +5,27 @@ Shape suffixes: B batch, H and W pixels, C latent channels, h = H / f, w = W / f
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ldm import vae_files
 from ldm.errors import UserError
 from ldm.latents import Moments, Whitening
 from ldm.resampler_start import start_as_resampler
+from ldm.vae_files import default_names
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+    from diffusers import AutoencoderKL
 
-    DiffusersVae: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
+    from ldm.vae_files import DiffusersVae
 
-__all__ = ["ASSETS", "PRESETS", "Autoencoder", "Preset", "build", "load"]
-
-ASSETS = Path(__file__).parent / "assets"
-CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-WEIGHTS = "diffusion_pytorch_model"
+__all__ = ["PRESETS", "Autoencoder", "Preset", "build", "default_names", "load"]
 
 
 @dataclass(frozen=True)
@@ -177,104 +174,18 @@ def build(preset: str) -> "AutoencoderKL":
     return vae
 
 
-def load(source: str | Path, *, subfolder: str = "") -> Autoencoder:
+def load(source: str | Path) -> Autoencoder:
     """A VAE in fp32 on the CPU.
 
     source: a default model (``f4``, ``f8``, ``f16``), a diffusers folder (or a pipeline folder with
-    ``vae/`` in it), an fsspec URL such as ``s3://bucket/vae``, or a hub id such as
+    ``vae/`` in it), an fsspec URL of one such as ``s3://bucket/vae``, or a hub id such as
     ``stabilityai/sd-vae-ft-mse``. Weights must be safetensors: a pickle can run code.
+
+    UserError where there is no such VAE, it cannot be reached, or its files are damaged or do not
+    fit each other.
     """
     name = str(source)
-    if (ASSETS / name / "config.json").is_file():
-        return _from_folder(ASSETS / name, name)
-    if "://" in name:
-        with tempfile.TemporaryDirectory() as local:
-            _fetch(name, Path(local))
-            return _from_folder(Path(local), name)
-    folder = Path(name).expanduser()
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return _from_folder(folder / subfolder, name)
-    return _from_hub(name, subfolder)
-
-
-def _from_folder(folder: Path, name: str) -> Autoencoder:
-    if not folder.is_dir():
-        raise UserError(
-            f"no VAE at {name!r}",
-            allowed=f"{', '.join(default_names())}, a diffusers folder, an fsspec URL or a hub id",
-        )
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"VAE folder {name!r} has no config.json", do="give a folder in diffusers' format")
-    if not any(folder.glob(f"{WEIGHTS}*.safetensors")):
-        raise UserError(
-            f"VAE folder {name!r} has no weights",
-            allowed=f"{WEIGHTS}.safetensors (pickle files are refused: they can run code)",
-            do="save it again with save_pretrained(..., safe_serialization=True)",
-        )
-    return Autoencoder(_load_class(folder, name), name)
-
-
-def _load_class(folder: Path, name: str) -> "DiffusersVae":
-    import diffusers
-
-    try:
-        class_name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except ValueError as error:
-        raise UserError(f"config.json of VAE {name!r} is not JSON: {error}") from error
-    if class_name not in CLASSES:
-        raise UserError(f"VAE {name!r} is a {class_name}", allowed=", ".join(CLASSES))
-    variant = None if (folder / f"{WEIGHTS}.safetensors").is_file() else "fp16"
-    try:
-        vae: DiffusersVae = getattr(diffusers, class_name).from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            variant=variant,
-            local_files_only=True,
-            low_cpu_mem_usage=False,  # true needs accelerate, and without it diffusers prints a notice
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load VAE {name!r}: {_first_line(error)}") from error
-    return vae
-
-
-def _from_hub(hub_id: str, subfolder: str) -> Autoencoder:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [
-        f"{p}{name}" for p in (prefix, f"{prefix}vae/") for name in ("config.json", f"{WEIGHTS}*.safetensors")
-    ]
-    try:
-        folder = snapshot_download(hub_id, allow_patterns=patterns)
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError) as error:
-        raise UserError(
-            f"the model hub cannot be reached for VAE {hub_id!r} and it is not in the local cache "
-            f"({type(error).__name__})",
-            do="check the network or give a local folder in diffusers' format, such as ./sd-vae-ft-mse",
-        ) from error
-    return _from_folder(Path(folder) / subfolder, hub_id)
-
-
-def _fetch(url: str, local: Path) -> None:
-    """Copy the files of one folder from a remote file system."""
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.url_to_fs(url)
-        for remote in filesystem.ls(path, detail=False):
-            if remote.endswith((".json", ".safetensors")):
-                filesystem.get_file(remote, str(local / remote.rsplit("/", 1)[-1]))
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot read VAE {url!r}: {_first_line(error)}") from error
-
-
-def default_names() -> list[str]:
-    """The names of the models that come with the package."""
-    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+    return Autoencoder(vae_files.read(name), name)
 
 
 def _spatial_factor(vae: "DiffusersVae") -> int:
@@ -288,7 +199,3 @@ def _spatial_factor(vae: "DiffusersVae") -> int:
 
 def _round_up(value: int, multiple: int) -> int:
     return max(multiple, -(-value // multiple) * multiple)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -72,7 +72,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             f"{folder} is no checkpoint: it has no {INFO_FILE}", do="give a folder that ldm train wrote"
         )
     try:
-        return CheckpointInfo.model_validate_json(path.read_text())
+        return CheckpointInfo.model_validate_json(path.read_bytes())
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "JSON"

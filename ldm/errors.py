@@ -22,7 +22,7 @@ class UserError(LdmError):
     def __init__(self, what: str, *, allowed: str = "", do: str = "") -> None:
         self.what, self.allowed, self.do = what, allowed, do
         parts = [what, f"allowed: {allowed}" if allowed else "", do]
-        super().__init__("; ".join(part for part in parts if part).replace("\n", " "))
+        super().__init__(" ".join("; ".join(part for part in parts if part).splitlines()))
 
     def __reduce__(self) -> tuple[object, tuple[str, str, str]]:
         # Ray pickles an exception on its way from a worker to the driver.

@@ -20,6 +20,13 @@ __all__ = ["Preprocess", "decode_image", "encode_png", "from_model", "resize_sho
 
 Pixels = NDArray[np.uint8]
 
+# Raster formats that Pillow decodes in process. It would run Ghostscript on an EPS.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Trades a difference below one grey level for a several times faster reduction.
+REDUCING_GAP = 3.0
+# What Pillow's decoders raise on damaged bytes.
+DAMAGE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError)
+
 
 class Preprocess(BaseModel):
     """What happens between a decoded image and the VAE; recorded with every dataset."""
@@ -35,7 +42,7 @@ class Preprocess(BaseModel):
     def __call__(self, data: bytes) -> Pixels:
         """Encoded image → (size_px, size_px, 3) uint8. BadSampleError where it cannot be used."""
         image = decode_image(data, background=self.background, max_pixels=self.max_pixels)
-        return np.asarray(center_crop(resize_short_side(image, self.size_px), self.size_px))
+        return np.asarray(central_square(image, self.size_px))
 
 
 def decode_image(data: bytes, *, background: str = "white", max_pixels: int = 100_000_000) -> Image.Image:
@@ -48,21 +55,24 @@ def decode_image(data: bytes, *, background: str = "white", max_pixels: int = 10
         # Pillow warns of bombs and of odd metadata; the limit is ours and the metadata is not used.
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            bomb = isinstance(error, Image.DecompressionBombError)
-            raise BadSampleError(
-                "too_many_pixels" if bomb else "not_an_image", type(error).__name__
-            ) from error
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise BadSampleError("too_many_pixels", type(error).__name__) from error
+        except DAMAGE as error:
+            raise BadSampleError("not_an_image", type(error).__name__) from error
         if image.width * image.height > max_pixels:
             raise BadSampleError("too_many_pixels", f"{image.width}×{image.height}, at most {max_pixels}")
         try:
             return _to_rgb(ImageOps.exif_transpose(image), background)
-        except (OSError, ValueError, SyntaxError) as error:
+        except DAMAGE as error:
             raise BadSampleError("truncated_image", str(error)) from error
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits per pixel, which Pillow would clip to 8 instead of scaling them.
+        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
@@ -73,14 +83,20 @@ def resize_short_side(image: Image.Image, size_px: int) -> Image.Image:
     """Antialiased resize so that the shorter side has ``size_px`` pixels."""
     scale = size_px / min(image.size)
     size = max(size_px, round(image.width * scale)), max(size_px, round(image.height * scale))
-    # reducing_gap trades a difference below one grey level for a several times faster reduction.
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if size == image.size:
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
 
 
-def center_crop(image: Image.Image, size_px: int) -> Image.Image:
-    """The square of ``size_px`` pixels in the middle."""
-    left, top = (image.width - size_px) // 2, (image.height - size_px) // 2
-    return image.crop((left, top, left + size_px, top + size_px))
+def central_square(image: Image.Image, size_px: int) -> Image.Image:
+    """The largest square in the middle, antialiased to ``size_px``² pixels.
+
+    Only the square is resized: a whole image of 1×50,000,000 pixels would not fit any memory.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size_px, size_px), Image.Resampling.LANCZOS, box, reducing_gap=REDUCING_GAP)
 
 
 def to_model(images_BHW3: NDArray[np.uint8]) -> Tensor:

@@ -32,6 +32,9 @@ NOISE = 0.5
 # log σ² of the posterior at the start: noise of 5 % of a unit.
 START_LOGVAR = -6.0
 
+# What the trunk goes through between conv_in and conv_norm_out.
+TRUNK = ("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+
 # Downsample2D pads right and below only, so these four taps are exactly the 2×2 box.
 BOX = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 4
 TENT = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
@@ -58,9 +61,8 @@ def start_as_resampler(vae: "AutoencoderKL") -> None:
             _carry(module, TENT)
     _carry(vae.encoder.conv_in, DELTA)
     _carry(vae.decoder.conv_in, DELTA)
-    # The trunk's last convolution before each conv_norm_out is where its channels change for good.
-    _straighten(vae.encoder, vae.encoder.down_blocks[-1].resnets[0].conv_shortcut)
-    _straighten(vae.decoder, vae.decoder.up_blocks[-1].resnets[0].conv_shortcut)
+    _straighten(vae.encoder, _last_of_trunk(vae.encoder.down_blocks))
+    _straighten(vae.decoder, _last_of_trunk(vae.decoder.up_blocks))
     if vae.quant_conv is not None:
         channels = vae.config["latent_channels"]
         vae.quant_conv.weight.copy_(torch.eye(2 * channels)[:, :, None, None])
@@ -80,6 +82,16 @@ def _carry(conv: nn.Conv2d, kernel: Tensor) -> None:
     conv.weight[:COLOURS] = 0
     for colour in range(min(COLOURS, conv.in_channels, conv.out_channels)):
         conv.weight[colour, colour] = kernel
+
+
+def _last_of_trunk(blocks: nn.Module) -> nn.Conv2d:
+    """The convolution after which the trunk's channels stay as they are, up to conv_norm_out.
+
+    A block whose width does not change has no conv_shortcut; then it is the last change of size.
+    """
+    *_, last = (conv for name, conv in blocks.named_modules() if name.endswith(TRUNK))
+    assert isinstance(last, nn.Conv2d)
+    return last
 
 
 def _straighten(half: nn.Module, last: nn.Conv2d) -> None:

@@ -18,7 +18,8 @@ from ldm.images import Preprocess, from_model, to_model
 from ldm.latents import LatentStats
 from ldm.metrics import reconstruction_quality
 from pipelines.device import pick_device
-from pipelines.shards import Shard, list_shards, read_samples
+from pipelines.shards import Sample, Shard, list_shards, read_samples
+from pipelines.vae_source import on_every_node
 
 __all__ = ["EvaluatePool", "ReconReport", "Reconstruction", "reconstruct"]
 
@@ -101,7 +102,7 @@ def reconstruct(source: str, vae: str, preprocess: Preprocess, pool: EvaluatePoo
         .flat_map(lambda item: _read(item["shard"], preprocess))
         .map(
             Reconstructor,  # type: ignore[arg-type]  # Ray types callable classes for map_batches only
-            fn_constructor_args=(vae,),
+            fn_constructor_args=(on_every_node(vae),),
             compute=ActorPoolStrategy(size=pool.size),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
@@ -112,14 +113,26 @@ def reconstruct(source: str, vae: str, preprocess: Preprocess, pool: EvaluatePoo
 
 
 def _read(shard: Shard, preprocess: Preprocess) -> Iterator[dict[str, Any]]:
+    try:
+        for sample in read_samples(shard):
+            yield _row(sample, preprocess)
+    except BadSampleError as damage:  # of the archive: the samples before it are whole
+        yield _rejected(shard.url.rsplit("/", 1)[-1], damage, preprocess)
+
+
+def _row(sample: Sample, preprocess: Preprocess) -> dict[str, Any]:
+    try:
+        if sample.image is None:
+            raise BadSampleError("no_image")
+        return {"key": sample.key, "original": preprocess(sample.image), "reason": ""}
+    except BadSampleError as error:
+        return _rejected(sample.key, error, preprocess)
+
+
+def _rejected(key: str, error: BadSampleError, preprocess: Preprocess) -> dict[str, Any]:
+    # Ray Data wants the columns of all rows to be of one type.
     empty = np.zeros((preprocess.size_px, preprocess.size_px, 3), np.uint8)
-    for sample in read_samples(shard):
-        try:
-            if sample.image is None:
-                raise BadSampleError("no_image")
-            yield {"key": sample.key, "original": preprocess(sample.image), "reason": ""}
-        except BadSampleError as error:
-            yield {"key": sample.key, "original": empty, "reason": str(error)}
+    return {"key": key, "original": empty, "reason": str(error)}
 
 
 def _report(rows: Sequence[dict[str, Any]], vae: str) -> ReconReport:

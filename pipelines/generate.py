@@ -19,8 +19,9 @@ from ldm import checkpoint, unet
 from ldm.autoencoder import load
 from ldm.conditioning import ClassConditioner, Conditioning
 from ldm.images import from_model
-from ldm.sampling import Trajectory, sample
+from ldm.sampling import MAX_SEED, Trajectory, sample
 from pipelines.device import pick_device
+from pipelines.vae_source import on_every_node
 
 __all__ = ["GeneratePools", "Generated", "Pool", "Request", "check", "generate"]
 
@@ -138,7 +139,9 @@ def check(folder: Path, requests: Sequence[Request], vae: str | None) -> str:
     unet.load(folder)
     chosen = vae or info.vae
     checkpoint.check_vae(load(chosen), info.vae_fingerprint, f"checkpoint {folder}")
-    for request in {(r.scheduler, r.num_inference_steps, r.guidance): r for r in requests}.values():
+    # Seeds are all alike but for those that are not allowed.
+    kinds = {(r.scheduler, r.num_inference_steps, r.guidance, 0 <= r.seed <= MAX_SEED): r for r in requests}
+    for request in kinds.values():
         one = (
             Conditioning(class_labels=torch.zeros(1, dtype=torch.int64))
             if info.class_names
@@ -179,7 +182,7 @@ def generate(folder: Path, requests: Sequence[Request], vae: str, pools: Generat
         )
         .map_batches(
             Decoder,
-            fn_constructor_args=(vae, info.vae_fingerprint, decoder.threads),
+            fn_constructor_args=(on_every_node(vae), info.vae_fingerprint, decoder.threads),
             batch_size=decoder.batch_size,
             num_cpus=decoder.num_cpus,
             num_gpus=decoder.num_gpus,

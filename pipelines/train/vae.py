@@ -6,6 +6,7 @@ paper (Rombach et al. 2022, appendix G) without its perceptual and adversarial t
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from ldm.latents import LatentStats, keyed_seed
 from pipelines.shards import Shard, list_shards, read_samples
 from pipelines.train.progress import Progress, stop_on_nan
 from pipelines.train.schedule import lr_factor
+from pipelines.vae_source import on_every_node
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -87,15 +90,10 @@ class VaeLoss(nn.Module):
 
 def crops(shard: Shard, pass_index: int, config: VaeTraining) -> Iterator[dict[str, Any]]:
     """Random crops (crop_px, crop_px, 3) uint8 of every image of a shard, seeded by (seed, pass, key)."""
-    for sample in read_samples(shard):
-        rng = np.random.default_rng(keyed_seed(config.seed, pass_index, shard.name, sample.key))
-        try:
-            image = decode_image(sample.image or b"")
-        except BadSampleError:
-            continue  # a picture less to learn from; `ldm encode` is where none may be lost
-        megapixels = image.width * image.height / 1e6
+    for key, image in _images(shard):
+        rng = np.random.default_rng(keyed_seed(config.seed, pass_index, shard.name, key))
         # The fraction is kept in expectation: a small picture gives a crop in some passes only.
-        for _ in range(int(megapixels * config.crops_per_megapixel + rng.random())):
+        for _ in range(int(_crops_expected(image, config) + rng.random())):
             side = min(config.crop_px * rng.uniform(1.0, config.zoom_max), *image.size)
             left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
             crop = image.resize((config.crop_px,) * 2, 1, box=(left, top, left + side, top + side))
@@ -103,16 +101,39 @@ def crops(shard: Shard, pass_index: int, config: VaeTraining) -> Iterator[dict[s
             yield {"image": np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)}
 
 
+def _images(shard: Shard) -> Iterator[tuple[str, Image.Image]]:
+    """(key, image) of every sample that can be used; `ldm encode` is where none may be lost."""
+    with suppress(BadSampleError):  # a torn archive: what lies before the damage is learned from
+        for sample in read_samples(shard):
+            with suppress(BadSampleError):
+                yield sample.key, decode_image(sample.image or b"")
+
+
+def _crops_expected(image: Image.Image, config: VaeTraining) -> float:
+    return image.width * image.height / 1e6 * config.crops_per_megapixel
+
+
+def num_passes(crops_per_pass: float, config: VaeTraining) -> int:
+    """Passes that yield enough crops for all steps and for the statistics after them.
+
+    Enough also where a picture gives a crop in some passes only: such counts spread no more than
+    a Poisson variable's, of which four standard deviations are added.
+    """
+    needed = (config.steps + STATISTICS_BATCHES) * config.batch_size
+    return math.ceil((needed + 4 * math.sqrt(needed) + 16) / crops_per_pass)
+
+
 def crop_dataset(source: str, config: VaeTraining) -> "Dataset":
     """A stream of at least steps · batch_size shuffled crops, as a lazy Ray Dataset (column ``image``)."""
     import ray
 
     shards = list_shards(source)
-    per_pass = max(1, sum(1 for shard in shards for _ in crops(shard, 0, config)))
-    num_passes = math.ceil(1.1 * config.steps * config.batch_size / per_pass) + 1
+    per_pass = sum(_crops_expected(image, config) for shard in shards for _, image in _images(shard))
     rng = np.random.default_rng(config.seed)
     items = [
-        {"shard": shards[i], "pass_index": p} for p in range(num_passes) for i in rng.permutation(len(shards))
+        {"shard": shards[i], "pass_index": p}
+        for p in range(num_passes(per_pass, config))
+        for i in rng.permutation(len(shards))
     ]
     return ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
         lambda item: crops(item["shard"], item["pass_index"], config)
@@ -121,7 +142,12 @@ def crop_dataset(source: str, config: VaeTraining) -> "Dataset":
 
 def check(source: str, config: VaeTraining) -> None:
     """UserError where the input, the start or the crop size cannot be used; before Ray is started."""
-    list_shards(source)
+    if not any(True for shard in list_shards(source) for _ in _images(shard)):
+        raise UserError(f"no usable image in {source}", do="check the shards, or run ldm shards")
+    if config.batch_size % config.num_workers:
+        raise UserError(
+            f"a batch of {config.batch_size} cannot be shared by {config.num_workers} workers evenly"
+        )
     start = (
         autoencoder.load(config.init)
         if config.init
@@ -135,6 +161,8 @@ def check(source: str, config: VaeTraining) -> None:
 def export(trained: Path, out: Path, dtype: str) -> None:
     """Write a trained VAE folder to ``out`` with the weights in ``dtype`` (fp32 or fp16)."""
     vae = autoencoder.load(trained).vae
+    # diffusers notes where a model was loaded from: this machine's path has no place in an export.
+    vae.register_to_config(_name_or_path="")
     vae.to(torch.float16 if dtype == "fp16" else torch.float32).save_pretrained(out)
 
 
@@ -143,9 +171,10 @@ def fit(source: str, config: VaeTraining, storage: Path) -> "Result":
     from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    init = on_every_node(config.init) if config.init else None
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"config": config},
+        train_loop_config={"config": config.model_copy(update={"init": init})},
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.num_gpus > 0,

@@ -25,7 +25,9 @@ def rows(latent_folder: Path) -> LatentRows:
 def take(
     rows: LatentRows, count: int, *, seed: int = 5, rank: int = 0, world: int = 1, first: int = 0
 ) -> list[LatentBatch]:
-    return list(islice(batches(rows, seed=seed, batch_size=BATCH, rank=rank, world=world, first=first), count))
+    return list(
+        islice(batches(rows, seed=seed, batch_size=BATCH, rank=rank, world=world, first=first), count)
+    )
 
 
 def assert_equal(got: Sequence[LatentBatch], expected: Sequence[LatentBatch]) -> None:

@@ -247,7 +247,7 @@ def _assert_trained(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         # The first update of the average copies; then min(decay, (1 + n) / (10 + n)).
         decay = 0.0 if step == 0 else min(0.5, (1 + step) / (10 + step))
         mean = [decay * m + (1 - decay) * p.detach() for m, p in zip(mean, model.parameters(), strict=True)]

@@ -1,0 +1,151 @@
+"""Where a VAE's files lie, and reading them: a default model, a folder, a URL, or the model hub."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+
+    DiffusersVae: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
+
+__all__ = ["ASSETS", "default_names", "read"]
+
+ASSETS = Path(__file__).parent / "assets"
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+WEIGHTS = "diffusion_pytorch_model"
+# What the hub allows as owner/name; anything else that is no folder is a mistyped one.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.git)", re.ASCII)
+
+
+def default_names() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+
+
+def read(name: str) -> "DiffusersVae":
+    """The VAE that `ldm.autoencoder.load` knows by ``name``, in fp32 on the CPU; UserError as there."""
+    if name in default_names():
+        return _from_folder(ASSETS / name, name)
+    if "://" in name:
+        with tempfile.TemporaryDirectory() as local:
+            _fetch(name, Path(local))
+            return _from_folder(Path(local), name)
+    folder = Path(name).expanduser()
+    if folder.exists() or not HUB_ID.fullmatch(name):
+        return _from_folder(folder, name)
+    return _from_hub(name)
+
+
+def _from_folder(folder: Path, name: str) -> "DiffusersVae":
+    if not folder.is_dir():
+        choices = [*default_names(), "a diffusers folder", "an fsspec URL or a hub id"]
+        raise UserError(f"no VAE at {name!r}", allowed=", ".join(choices))
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"VAE folder {name!r} has no config.json", do="give a folder in diffusers' format")
+    return _load_class(folder, name)
+
+
+def _load_class(folder: Path, name: str) -> "DiffusersVae":
+    import diffusers
+
+    class_name, variant = _class_name(folder, name), _variant(folder, name)
+    try:
+        vae, report = getattr(diffusers, class_name).from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            variant=variant,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # true needs accelerate, and without it diffusers prints a notice
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"cannot load VAE {name!r}: {_first_line(error)}") from error
+    # diffusers leaves weights that the file lacks at random values, and only logs it.
+    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    if wrong:
+        raise UserError(
+            f"weights of VAE {name!r} do not fit its config.json: {len(wrong)} such as {wrong[0]}"
+        )
+    loaded: DiffusersVae = vae
+    return loaded
+
+
+def _class_name(folder: Path, name: str) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"config.json of VAE {name!r} is not JSON: {error}") from error
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if class_name not in CLASSES:
+        raise UserError(f"VAE {name!r} is a {class_name}", allowed=", ".join(CLASSES))
+    return str(class_name)
+
+
+def _variant(folder: Path, name: str) -> str | None:
+    """The ``variant`` to ask diffusers for: None for plain files, "fp16" where there are only those."""
+    for variant, suffix in ((None, ""), ("fp16", ".fp16")):
+        names = (f"{WEIGHTS}{suffix}.safetensors", f"{WEIGHTS}.safetensors.index{suffix}.json")
+        if any((folder / file).is_file() for file in names):
+            return variant
+    raise UserError(
+        f"VAE folder {name!r} has no weights",
+        allowed=f"{WEIGHTS}.safetensors (pickle files are refused: they can run code)",
+        do="save it again with save_pretrained(..., safe_serialization=True)",
+    )
+
+
+def _from_hub(hub_id: str) -> "DiffusersVae":
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    files = ["config.json", f"{WEIGHTS}*.safetensors", f"{WEIGHTS}*.index*.json"]
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=files + [f"vae/{file}" for file in files])
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"no VAE at {hub_id!r}, neither a folder here nor a public model of the hub",
+            do="check the name; for a private model set HF_TOKEN",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"the model hub cannot be reached for VAE {hub_id!r} and it is not in the local cache "
+            f"({type(error).__name__})",
+            do="check the network or give a local folder in diffusers' format, such as ./sd-vae-ft-mse",
+        ) from error
+    return _from_folder(Path(folder), hub_id)
+
+
+def _fetch(url: str, local: Path) -> None:
+    """Copy the files of one folder, or of a pipeline folder's ``vae/``, from a remote file system."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+        remote = _listed(filesystem.ls(path, detail=False))
+        if "config.json" not in remote and "vae" in remote:
+            remote = _listed(filesystem.ls(remote["vae"], detail=False))
+        for name, source in remote.items():
+            if name.endswith((".json", ".safetensors")):
+                filesystem.get_file(source, str(local / name))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot read VAE {url!r}: {_first_line(error)}") from error
+
+
+def _listed(paths: Iterable[str]) -> dict[str, str]:
+    """Last component → path."""
+    return {path.rstrip("/").rsplit("/", 1)[-1]: path for path in paths}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

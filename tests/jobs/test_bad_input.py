@@ -1,0 +1,170 @@
+"""What every subcommand answers to bad input: one line, status 2, and nothing written."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from pipelines.shards import Sample, write_tar
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def there(
+    tmp_path: Path,
+    latent_folder: Path,
+    checkpoint_folders: dict[str, Path],
+    vae_folder: Path,
+    other_vae_folder: Path,
+    photo: Callable[[int], bytes],
+) -> dict[str, Path]:
+    """By name: what a command line may point at, good and bad. ``out`` is not there."""
+    folder = tmp_path / "in"
+    for name in ("empty", "photos", "no_image", "no_weights", "pictures", "text"):
+        (folder / name).mkdir(parents=True)
+    write_tar(folder / "photos/a.tar", [Sample("a", photo(0))])
+    write_tar(folder / "no_image/a.tar", [Sample("a", None, {"json": b"{}"})])
+    shutil.copyfile(vae_folder / "config.json", folder / "no_weights/config.json")
+    (folder / "pictures/a.png").write_bytes(photo(0))
+    (folder / "text/a.txt").write_text("a caption without a picture")
+    return {
+        **{path.name: path for path in folder.iterdir()},
+        "missing": folder / "missing",
+        "file": folder / "photos/a.tar",
+        "latents": latent_folder,
+        "checkpoint": checkpoint_folders["v_prediction"],
+        "vae": vae_folder,
+        "other": other_vae_folder,
+        "out": tmp_path / "out",
+    }
+
+
+BAD = [
+    ("shards {missing} {out}", "no such folder"),
+    ("shards {empty} {out}", "no image in"),
+    ("shards {text} {out}", "no image in"),
+    ("encode {missing} {out} --vae {vae}", "no such input"),
+    ("encode {empty} {out} --vae {vae}", "no shards in"),
+    ("encode {no_image} {out} --vae {vae}", "no usable image"),
+    ("encode {photos} {out} --vae {missing}", "no VAE at"),
+    ("encode {photos} {out} --vae {empty}", "has no config.json"),
+    ("encode {photos} {out} --vae {no_weights}", "has no weights"),
+    ("encode {photos} {out} --vae {vae} --preprocess.size-px 30", "multiples of 4"),
+    ("encode {photos} {out} --vae nobody/such-vae", "the model hub cannot be reached"),
+    ("stats {missing}", "no such latent dataset"),
+    ("stats {empty}", "it has no dataset.json"),
+    ("train {missing} {out}", "no such latent dataset"),
+    ("train {empty} {out}", "it has no dataset.json"),
+    ("train {latents} {out} --vae {other}", "latents of another VAE"),
+    ("train {latents} {out} --vae {no_weights}", "has no weights"),
+    ("train {latents} {out} --train.batch-size 64", "cannot fill a batch of 64"),
+    ("train {latents} {out} --train.preset huge", "no U-Net preset 'huge'"),
+    ("train {latents} {vae} --train.batch-size 8", "is not empty; give a new folder"),
+    ("train {latents} {file} --train.batch-size 8", "is a file; give a new folder"),
+    ("train-vae {missing} {out}", "no such input"),
+    ("train-vae {empty} {out}", "no shards in"),
+    ("train-vae {no_image} {out}", "no usable image"),
+    ("train-vae {photos} {out} --train.crop-px 30", "multiples of 8"),
+    ("train-vae {photos} {out} --train.init {no_weights}", "has no weights"),
+    ("train-vae {photos} {out} --train.init nobody/such-vae", "the model hub cannot be reached"),
+    ("train-vae {photos} {vae}", "is not empty; give a new folder"),
+    ("evaluate recon {missing} --vae {vae} --pictures {out}", "no such input"),
+    ("evaluate recon {empty} --vae {vae} --pictures {out}", "no shards in"),
+    ("evaluate recon {photos} --vae {no_weights} --pictures {out}", "has no weights"),
+    ("evaluate recon {photos} --vae {vae} --preprocess.size-px 30 --pictures {out}", "multiples of 4"),
+    ("evaluate recon {photos} --vae nobody/such-vae --pictures {out}", "the model hub cannot be reached"),
+    ("sample {missing} --out {out}", "is no checkpoint"),
+    ("sample {empty} --out {out}", "is no checkpoint"),
+    ("sample {checkpoint} --out {out} --classes cta", "unknown class 'cta'"),
+    ("sample {checkpoint} --out {out} --classes 2", "unknown class '2'"),
+    ("sample {checkpoint} --out {out} --vae {other}", "latents of another VAE"),
+    ("sample {checkpoint} --out {out} --vae {no_weights}", "has no weights"),
+    ("sample {checkpoint} --out {out} --scheduler flow_euler", "cannot sample a ddpm model"),
+    ("sample {checkpoint} --out {out} --steps 1001", "1001 inference steps"),
+    ("decode {missing} {out}.png --vae {vae}", "cannot read latent"),
+    ("decode {latents}#owl {out}.png", "no row 'owl'"),
+    ("decode {latents}#k0 {out}.png --vae {other}", "latents of another VAE"),
+]
+
+
+def files(there: dict[str, Path]) -> set[Path]:
+    return {path for place in there.values() for path in place.parent.rglob("*")}
+
+
+def assert_refused(command: str, said: str, status: int, err: str) -> None:
+    name = next(name for name in sorted(cli.COMMANDS, key=len, reverse=True) if command.startswith(name))
+    assert status == 2
+    assert err.startswith(f"ldm {name}: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+
+
+@pytest.mark.parametrize(("command", "said"), BAD, ids=[command for command, _ in BAD])
+def test_one_line_status_2_and_nothing_written(
+    command: str,
+    said: str,
+    there: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    # All of these are found before Ray is needed.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    before = files(there)
+    status = cli.main(command.format(**there).split())
+    out, err = capsys.readouterr()
+    assert_refused(command, said, status, err)
+    assert out == ""
+    assert files(there) == before
+
+
+def test_every_command_is_here_but_the_demo() -> None:
+    named = {name for name in cli.COMMANDS for command, _ in BAD if command.startswith(f"{name} ")}
+    assert named == set(cli.COMMANDS) - {"demo"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_encoding_into_a_dataset_of_another_vae_leaves_it_as_it_is(
+    there: dict[str, Path], write_latents: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_latents(there["out"], class_names=None)
+    before = {path: path.read_bytes() for path in there["out"].rglob("*") if path.is_file()}
+    command = "encode {photos} {out} --vae {other} --preprocess.size-px 32 --unit-size 8"
+    status = cli.main(command.format(**there).split())
+    assert_refused(
+        command, "holds latents of another kind (vae_fingerprint: ", status, capsys.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in there["out"].rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluating_shards_without_a_usable_image(
+    there: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "evaluate recon {no_image} --vae {vae} --preprocess.size-px 32 --pictures {out}"
+    status = cli.main(command.format(**there).split())
+    assert_refused(command, "none of 1 images can be read", status, capsys.readouterr().err)
+    assert not there["out"].exists()
+
+
+def test_the_whole_process_says_nothing_else(there: dict[str, Path]) -> None:
+    """Warnings and log lines of libraries, which a test's own process has set up already, included."""
+    command = "sample {checkpoint} --out {out} --classes cta"
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *command.format(**there).split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert_refused(command, "unknown class 'cta'", done.returncode, done.stderr)
+    assert done.stdout == ""
+    assert not there["out"].exists()

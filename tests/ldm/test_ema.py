@@ -1,0 +1,89 @@
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from ldm.ema import averaged, decay_at
+
+
+def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2).to(dtype)
+
+
+def disturb(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_the_decay_rule_is_that_of_diffusers(decay: float) -> None:
+    reference = EMAModel(linear().parameters(), decay=decay)
+    # diffusers counts the step that it is about to take, from 1.
+    for num_updates in (1, 2, 10, 500, 10**6):
+        assert decay_at(num_updates, decay) == reference.get_decay(num_updates + 1)
+
+
+def test_the_decay_rises_to_its_cap() -> None:
+    assert decay_at(0, 0.99) == 0.1
+    assert decay_at(8, 0.99) == 0.5
+    assert decay_at(10**9, 0.99) == 0.99
+
+
+def test_the_average_is_the_recursion_written_out() -> None:
+    model = linear()
+    ema = averaged(model, 0.4)
+    expected = None
+    for step in range(12):
+        disturb(model, step)
+        ema.update_parameters(model)
+        weight = model.weight.detach().double()
+        # The first update takes the weights as they are; the random start counts for nothing.
+        decay = min(0.4, (1 + step) / (10 + step))
+        expected = weight if expected is None else decay * expected + (1 - decay) * weight
+        torch.testing.assert_close(ema.module.weight.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(ema.module.weight, model.weight)
+
+
+def test_the_average_is_that_of_diffusers() -> None:
+    model = linear()
+    ema, reference = averaged(model, 0.9), EMAModel(model.parameters(), decay=0.9)
+    for step in range(100):
+        disturb(model, step)
+        ema.update_parameters(model)
+        reference.step(model.parameters())
+    for ours, theirs in zip(ema.module.parameters(), reference.shadow_params, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_average_is_a_copy_that_needs_no_gradients() -> None:
+    model = linear()
+    ema = averaged(model, 0.9)
+    disturb(model, 0)
+    assert not torch.equal(ema.module.weight, model.weight)
+    assert not any(parameter.requires_grad for parameter in ema.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_small_steps_of_a_half_precision_model_are_not_lost() -> None:
+    model = linear(torch.bfloat16)
+    ema = averaged(model, 0.999)
+    nn.init.ones_(model.weight)
+    ema.update_parameters(model)
+    ema.n_averaged.fill_(100_000)
+    nn.init.constant_(model.weight, 2.0)
+    ema.update_parameters(model)
+    assert ema.module.weight.dtype == torch.float32
+    # In bfloat16, 1.001 would be rounded to 1.
+    torch.testing.assert_close(ema.module.weight, torch.full((2, 3), 1.001))
+
+
+def test_buffers_are_copied() -> None:
+    model = nn.BatchNorm1d(2)
+    ema = averaged(model, 0.9)
+    for level in (1.0, 2.0, 3.0):
+        model.running_mean.fill_(level)
+        ema.update_parameters(model)
+        assert ema.module.running_mean.tolist() == [level, level]

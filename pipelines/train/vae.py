@@ -163,7 +163,8 @@ def export(trained: Path, out: Path, dtype: str) -> None:
     vae = autoencoder.load(trained).vae
     # diffusers notes where a model was loaded from: this machine's path has no place in an export.
     vae.register_to_config(_name_or_path="")
-    vae.to(torch.float16 if dtype == "fp16" else torch.float32).save_pretrained(out)
+    # Not vae.to: diffusers warns of every cast, whether or not the model minds it.
+    nn.Module.to(vae, torch.float16 if dtype == "fp16" else torch.float32).save_pretrained(out)
 
 
 def fit(source: str, config: VaeTraining, storage: Path) -> "Result":

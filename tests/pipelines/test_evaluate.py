@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ldm.autoencoder import load
-from ldm.errors import UserError
 from ldm.images import Preprocess, from_model, to_model
 from ldm.latents import LatentStats, Moments
 from ldm.metrics import reconstruction_quality
@@ -66,13 +65,6 @@ def test_on_ray_as_in_one_process(
     )
     assert report.scaled_std == pytest.approx([0.18215 * std for std in stats.std_C], rel=1e-9)
     assert {key: reason.split(":")[0] for key, reason in report.rejected.items()} == REASONS
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_without_a_usable_image_it_is_the_users_turn(tmp_path: Path, vae_folder: Path) -> None:
-    write_tar(tmp_path / "x.tar", [Sample("text", b"\xff\xd8this is text")])
-    with pytest.raises(UserError, match="none of 1 images can be read; look at the input shards"):
-        report_of(tmp_path, str(vae_folder))
 
 
 def test_means_leave_out_what_has_no_ms_ssim() -> None:

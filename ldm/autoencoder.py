@@ -177,7 +177,7 @@ def build(preset: str) -> "AutoencoderKL":
 def load(source: str | Path) -> Autoencoder:
     """A VAE in fp32 on the CPU.
 
-    source: a default model (``f4``, ``f8``, ``f16``), a diffusers folder (or a pipeline folder with
+    source: a default model (see `default_names`), a diffusers folder (or a pipeline folder with
     ``vae/`` in it), an fsspec URL of one such as ``s3://bucket/vae``, or a hub id such as
     ``stabilityai/sd-vae-ft-mse``. Weights must be safetensors: a pickle can run code.
 

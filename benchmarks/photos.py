@@ -5,8 +5,8 @@
 writes ``train/`` and ``heldout/``. Every photograph comes from a Debian main package or from
 scikit-image / scikit-learn, so all are freely licensed. The split is by rule, not by result: every
 colour photograph of the pip packages is held out (``make demo`` shows pictures the VAE never saw),
-and every fourth Debian photograph in the order of PHOTOS, but for two that are painted. ``motorcycle_right``, the stereo twin of
-a held-out photograph, is in neither.
+and every fourth Debian photograph in the order of PHOTOS, but for two that are painted.
+``motorcycle_right``, the stereo twin of a held-out photograph, is in neither.
 """
 
 import shutil

@@ -1,12 +1,13 @@
 """Progress of a training run as one line per interval: steps/s, images/s, loss, time left."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping
 
 from ldm.errors import LdmError
 
-__all__ = ["DivergedError", "Progress", "stop_on_nan"]
+__all__ = ["DivergedError", "Progress", "quiet_ray_train", "stop_on_nan"]
 
 
 class DivergedError(LdmError):
@@ -45,6 +46,11 @@ class Progress:
                 flush=True,
             )
         return rates
+
+
+def quiet_ray_train() -> None:
+    """For a training worker: Ray Train logs every report in full beside the line that `Progress` prints."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
 def stop_on_nan(metrics: Mapping[str, float]) -> None:

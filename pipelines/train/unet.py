@@ -24,7 +24,7 @@ from ldm.latents import Whitening, keyed_normal, keyed_seed
 from ldm.objective import NoiseSchedule, diffusion_loss, min_snr_weight
 from pipelines.dataset import LatentDataset
 from pipelines.train.loader import LatentBatch, batches, check_batch_size, load_rows
-from pipelines.train.progress import Progress, stop_on_nan
+from pipelines.train.progress import Progress, quiet_ray_train, stop_on_nan
 from pipelines.train.schedule import lr_factor
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ def _train_worker(loop: dict[str, Any]) -> None:
 
     config: UnetTraining = loop["config"]
     info: CheckpointInfo = loop["info"]
+    quiet_ray_train()
     if config.threads:
         torch.set_num_threads(config.threads)
     context = ray.train.get_context()

@@ -24,7 +24,7 @@ from ldm.errors import BadSampleError, UserError
 from ldm.images import decode_image, to_model
 from ldm.latents import LatentStats, keyed_seed
 from pipelines.shards import Shard, list_shards, read_samples
-from pipelines.train.progress import Progress, stop_on_nan
+from pipelines.train.progress import Progress, quiet_ray_train, stop_on_nan
 from pipelines.train.schedule import lr_factor
 from pipelines.vae_source import on_every_node
 
@@ -197,6 +197,7 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
     from ray.train.torch import get_device, prepare_model
 
     config = loop["config"]
+    quiet_ray_train()
     if config.threads:
         torch.set_num_threads(config.threads)
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()

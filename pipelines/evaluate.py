@@ -36,7 +36,7 @@ class EvaluatePool(BaseModel):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One image and what the VAE made of it; pixels are (H, W, 3) uint8, ms_ssim None below 161 px."""
+    """One image and what the VAE made of it; pixels are (H, W, 3) uint8, ms_ssim None below 176 px."""
 
     key: str
     original: NDArray[np.uint8]

@@ -46,7 +46,7 @@ class DemoJob(JobConfig):
     )
     vae: str = Field("f8", description="VAE to encode and decode with")
     crops_per_photo: PositiveInt = 300
-    train_steps: PositiveInt = 2000
+    train_steps: PositiveInt = 1200
     images_per_class: PositiveInt = 8
     guidance: PositiveFloat = 3.0
     inference_steps: PositiveInt = 30

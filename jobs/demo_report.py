@@ -92,9 +92,8 @@ def write(report: Report, out: Path) -> Path:
     for grid in report.grids:
         sheet = np.concatenate([np.concatenate(images, axis=1) for _, images in grid.rows], axis=0)
         (out / "samples" / f"guidance-{grid.guidance:g}.png").write_bytes(_png(sheet))
-    history = _history(out / "checkpoint")
     page = environment.get_template("demo.html").render(
-        report=report, figures=report.figures(), curve=_loss_curve(history), history=history, host=_host()
+        report=report, figures=report.figures(), curve=_loss_curve(_history(out / "checkpoint")), host=_host()
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")

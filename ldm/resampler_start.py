@@ -1,8 +1,8 @@
 """Start an AutoencoderKL as a resampler: box-filter reduction by f, smooth magnification by f.
 
-From the usual random start, thousands of steps go into discovering that a latent can simply be a
-small copy of the picture; GroupNorm, which removes the brightness of a channel group, makes that
-hard to find. Here it is there from the first step, and training only adds to it. Measured in
+From the usual random start, training must first discover that a latent can simply be a small copy
+of the picture; GroupNorm, which removes the brightness of a channel group, makes that
+hard to find. Here it is there before the first step. Measured in
 docs/decisions/0001-vae-start.md.
 
 The trunk (the path past all residual branches) carries R, G and B in its first channels:

@@ -1,8 +1,8 @@
 """Image shards: list them, read samples from them, write them. WebDataset tars.
 
-A shard is one tar. A sample is the group of members
-that share a key: the name without its extensions (``a/0001.jpg`` and ``a/0001.json`` → ``a/0001``).
-Members are streamed, never extracted; links, devices and folders in a tar are passed over.
+A shard is one tar. A sample is the group of members that share a key: the name without its
+extensions (``a/0001.jpg`` and ``a/0001.json`` → ``a/0001``). Members are streamed, never extracted;
+links, devices and folders in a tar are passed over.
 """
 
 import io
@@ -20,6 +20,10 @@ from ldm.errors import BadSampleError, UserError
 __all__ = ["IMAGE_EXTENSIONS", "Sample", "Shard", "list_shards", "read_samples", "write_tar"]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+# Not in typeshed, though documented by what they do.
+DAMAGED_HEADER = tuple(
+    getattr(tarfile, name) for name in ("EmptyHeaderError", "TruncatedHeaderError", "InvalidHeaderError")
+)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
@@ -130,7 +134,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictTarInfo":
         try:
             return super().fromtarfile(archive)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+        except DAMAGED_HEADER as error:
             raise tarfile.ReadError(f"damaged at byte {archive.offset}: {error}") from error
 
 

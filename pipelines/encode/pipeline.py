@@ -93,7 +93,7 @@ def require_resources(decode_pool: TaskPool, encoder_pool: ActorPool) -> None:
 
     Not for a cluster that grows on demand: what it will have is not known.
     """
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's own
     cpus = encoder_pool.min_size * encoder_pool.num_cpus + max(decode_pool.num_cpus, READ_CPUS, WRITE_CPUS)
     gpus = encoder_pool.min_size * encoder_pool.num_gpus
     for name, need, option in (("CPU", cpus, "num-cpus"), ("GPU", gpus, "num-gpus")):

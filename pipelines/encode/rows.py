@@ -180,7 +180,7 @@ def _unit(fields: Mapping[str, object]) -> Unit:
     values = dict(fields)
     shard = values.pop("shard")
     assert isinstance(shard, dict)
-    return Unit(shard=Shard(**shard), **values)  # type: ignore[arg-type]
+    return Unit(shard=Shard(**shard), **values)  # type: ignore[arg-type]  # the schema is the check
 
 
 def _table(schema: pa.Schema, values: Row, arrays: Mapping[str, Sequence[NDArray[np.generic]]]) -> pa.Table:

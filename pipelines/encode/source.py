@@ -19,7 +19,7 @@ class ShardSource(Datasource):
     """Yields the units that are not committed, each as a `ReadUnit` row."""
 
     def __init__(self, work: Sequence[ShardWork], unit_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray's own
         self._work, self._unit_size = work, unit_size
 
     def get_name(self) -> str:

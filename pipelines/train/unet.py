@@ -26,6 +26,7 @@ from pipelines.dataset import LatentDataset
 from pipelines.train.loader import LatentBatch, batches, check_batch_size, load_rows
 from pipelines.train.progress import Progress, quiet_ray_train, stop_on_nan
 from pipelines.train.schedule import lr_factor
+from pipelines.train.trainer import run
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -111,25 +112,8 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
 
 def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, storage: Path) -> "Result":
     """Train on Ray; checkpoints (see `ldm.checkpoint`) are kept under ``storage``."""
-    from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"dataset": dataset.url, "config": config, "info": info},
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=config.num_gpus > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": config.num_gpus} if config.num_gpus else {})},
-        ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # v2 of Ray Train, which mypy takes for v1
-            name="ray_train",
-            storage_path=str(storage.absolute()),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    return trainer.fit()
+    loop = {"dataset": dataset.url, "config": config, "info": info}
+    return run(_train_worker, loop, num_workers=config.num_workers, num_gpus=config.num_gpus, storage=storage)
 
 
 def loss_of(

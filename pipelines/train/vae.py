@@ -4,63 +4,52 @@ The loss is reconstruction (L1 or MSE per pixel value) + weight · KL, as in the
 paper (Rombach et al. 2022, appendix G) without its perceptual and adversarial terms.
 """
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ldm import autoencoder
 from ldm.ema import averaged
-from ldm.errors import BadSampleError, UserError
-from ldm.images import decode_image, to_model
-from ldm.latents import LatentStats, keyed_seed
-from pipelines.shards import Shard, list_shards, read_samples
+from ldm.errors import UserError
+from ldm.images import to_model
+from ldm.latents import LatentStats
+from pipelines.shards import list_shards
+from pipelines.train.crops import CropConfig, crop_dataset, usable_images
 from pipelines.train.progress import Progress, quiet_ray_train, stop_on_nan
 from pipelines.train.schedule import lr_factor
+from pipelines.train.trainer import run
 from pipelines.vae_source import on_every_node
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from ray.data import Dataset
     from ray.train import Result
 
-__all__ = ["VaeLoss", "VaeTraining", "crop_dataset", "fit"]
+__all__ = ["VaeLoss", "VaeTraining", "check", "fit"]
 
 
 # Batches after the last step from which the scaling factor is measured.
 STATISTICS_BATCHES = 64
 
 
-class VaeTraining(BaseModel):
-    """How to train a VAE. One pass over the input makes ``crops_per_megapixel`` crops of each image."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class VaeTraining(CropConfig):
+    """How to train a VAE, on which crops."""
 
     preset: str = Field("f8", description=f"layout to start from: {', '.join(autoencoder.PRESETS)}")
     init: str | None = Field(None, description="VAE to start from instead: a default, folder, URL or hub id")
     steps: PositiveInt = 1000
     batch_size: PositiveInt = Field(8, description="crops per step over all workers")
-    crop_px: PositiveInt = 64
-    zoom_max: PositiveFloat = Field(
-        2.0, ge=1, description="a crop shows 1 to this many times crop_px, reduced"
-    )
-    crops_per_megapixel: PositiveFloat = 30.0
     loss: Literal["l1", "mse"] = "mse"
     kl_weight: NonNegativeFloat = Field(1e-3, description="of the KL per pixel value, in nats")
     learning_rate: PositiveFloat = 1e-3
     warmup_steps: PositiveInt = 100
     ema_decay: float = Field(0.999, ge=0, lt=1)
     clip_norm: PositiveFloat = 1.0
-    seed: int = 0
     log_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 2000
     num_workers: PositiveInt = 1
@@ -88,61 +77,14 @@ class VaeLoss(nn.Module):
         return reconstruction + self.kl_weight * kl, reconstruction, kl
 
 
-def crops(shard: Shard, pass_index: int, config: VaeTraining) -> Iterator[dict[str, Any]]:
-    """Random crops (crop_px, crop_px, 3) uint8 of every image of a shard, seeded by (seed, pass, key)."""
-    for key, image in _images(shard):
-        rng = np.random.default_rng(keyed_seed(config.seed, pass_index, shard.name, key))
-        # The fraction is kept in expectation: a small picture gives a crop in some passes only.
-        for _ in range(int(_crops_expected(image, config) + rng.random())):
-            side = min(config.crop_px * rng.uniform(1.0, config.zoom_max), *image.size)
-            left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
-            crop = image.resize((config.crop_px,) * 2, 1, box=(left, top, left + side, top + side))
-            pixels = np.asarray(crop)
-            yield {"image": np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)}
-
-
-def _images(shard: Shard) -> Iterator[tuple[str, Image.Image]]:
-    """(key, image) of every sample that can be used; `ldm encode` is where none may be lost."""
-    with suppress(BadSampleError):  # a torn archive: what lies before the damage is learned from
-        for sample in read_samples(shard):
-            with suppress(BadSampleError):
-                yield sample.key, decode_image(sample.image or b"")
-
-
-def _crops_expected(image: Image.Image, config: VaeTraining) -> float:
-    return image.width * image.height / 1e6 * config.crops_per_megapixel
-
-
-def num_passes(crops_per_pass: float, config: VaeTraining) -> int:
-    """Passes that yield enough crops for all steps and for the statistics after them.
-
-    Enough also where a picture gives a crop in some passes only: such counts spread no more than
-    a Poisson variable's, of which four standard deviations are added.
-    """
-    needed = (config.steps + STATISTICS_BATCHES) * config.batch_size
-    return math.ceil((needed + 4 * math.sqrt(needed) + 16) / crops_per_pass)
-
-
-def crop_dataset(source: str, config: VaeTraining) -> "Dataset":
-    """A stream of at least steps · batch_size shuffled crops, as a lazy Ray Dataset (column ``image``)."""
-    import ray
-
-    shards = list_shards(source)
-    per_pass = sum(_crops_expected(image, config) for shard in shards for _, image in _images(shard))
-    rng = np.random.default_rng(config.seed)
-    items = [
-        {"shard": shards[i], "pass_index": p}
-        for p in range(num_passes(per_pass, config))
-        for i in rng.permutation(len(shards))
-    ]
-    return ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
-        lambda item: crops(item["shard"], item["pass_index"], config)
-    )
+def num_crops(config: VaeTraining) -> int:
+    """Crops for all steps and for the statistics after them."""
+    return (config.steps + STATISTICS_BATCHES) * config.batch_size
 
 
 def check(source: str, config: VaeTraining) -> None:
     """UserError where the input, the start or the crop size cannot be used; before Ray is started."""
-    if not any(True for shard in list_shards(source) for _ in _images(shard)):
+    if not any(True for shard in list_shards(source) for _ in usable_images(shard)):
         raise UserError(f"no usable image in {source}", do="check the shards, or run ldm shards")
     if config.batch_size % config.num_workers:
         raise UserError(
@@ -169,27 +111,15 @@ def export(trained: Path, out: Path, dtype: str) -> None:
 
 def fit(source: str, config: VaeTraining, storage: Path) -> "Result":
     """Train on Ray; the result's checkpoint holds ``vae/`` (EMA weights, diffusers format)."""
-    from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     init = on_every_node(config.init) if config.init else None
-    trainer = TorchTrainer(
+    return run(
         _train_worker,
-        train_loop_config={"config": config.model_copy(update={"init": init})},
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=config.num_gpus > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": config.num_gpus} if config.num_gpus else {})},
-        ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # v2 of Ray Train, which mypy takes for v1
-            name="ray_train",
-            storage_path=str(storage.absolute()),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-        datasets={"train": crop_dataset(source, config)},
+        {"config": config.model_copy(update={"init": init})},
+        num_workers=config.num_workers,
+        num_gpus=config.num_gpus,
+        storage=storage,
+        datasets={"train": crop_dataset(source, config, num_crops(config))},
     )
-    return trainer.fit()
 
 
 def _train_worker(loop: dict[str, VaeTraining]) -> None:

@@ -1,6 +1,7 @@
 """The tiny job as a subcommand, in an environment that sets no options."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -16,4 +17,4 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.delenv(name)
     monkeypatch.syspath_prepend(Path(__file__).parent)
     monkeypatch.setitem(cli.COMMANDS, "tiny-job", ("tiny_job", "does next to nothing"))
-    return pytest.importorskip("tiny_job")
+    return import_module("tiny_job")

@@ -15,7 +15,8 @@ from ldm.errors import UserError
 from ldm.images import to_model
 from ldm.latents import LatentStats
 from pipelines.shards import Sample, list_shards, write_tar
-from pipelines.train.vae import STATISTICS_BATCHES, VaeLoss, VaeTraining, check, crops, num_passes, set_scale
+from pipelines.train.crops import crops, num_passes
+from pipelines.train.vae import STATISTICS_BATCHES, VaeLoss, VaeTraining, check, num_crops, set_scale
 
 # A photo of 40×32 pixels gives 8 crops in every pass.
 CROPS_PER_MEGAPIXEL = 8 / (40 * 32 / 1e6)
@@ -106,9 +107,9 @@ def test_a_small_picture_gives_its_share_of_crops_over_the_passes(shards_folder:
 
 @pytest.mark.parametrize("per_pass", [0.008, 1.0, 40.0, 1e6])
 def test_passes_are_enough_for_the_steps_and_the_statistics(per_pass: float) -> None:
-    config = training(steps=3, batch_size=2)
-    needed = (3 + STATISTICS_BATCHES) * 2
-    mean = per_pass * num_passes(per_pass, config)
+    needed = num_crops(training(steps=3, batch_size=2))
+    assert needed == (3 + STATISTICS_BATCHES) * 2
+    mean = per_pass * num_passes(per_pass, needed)
     assert mean - 4 * mean**0.5 >= needed
     assert mean <= needed * 1.6 + per_pass
 

@@ -32,7 +32,8 @@ class DecodeJob(JobConfig):
 
         from ldm.autoencoder import load
         from ldm.checkpoint import check_vae
-        from ldm.images import encode_png, from_model
+        from ldm.image_tensors import from_model
+        from ldm.images import encode_png
 
         if self.out.suffix.lower() != ".png":
             raise UserError(f"output {self.out} is no PNG", allowed="a name that ends in .png")

@@ -36,7 +36,7 @@ class Grid:
         """Measure samples against the training crops in ``shards``."""
         import torch
 
-        from ldm.images import to_model
+        from ldm.image_tensors import to_model
         from ldm.metrics import nearest_label_share
 
         images = made.images

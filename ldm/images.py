@@ -1,6 +1,6 @@
-"""Images as data: hostile bytes → RGB pixels → model input, and back to PNG.
+"""Images as data: hostile bytes → RGB pixels, and back to PNG. Imports no torch: decode workers start fast.
 
-uint8 images are (H, W, 3) arrays in sRGB; model images are float (B, 3, H, W) in [-1, 1].
+Images are uint8 (H, W, 3) arrays in sRGB.
 """
 
 import io
@@ -8,15 +8,13 @@ import warnings
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, PositiveInt
-from torch import Tensor
 
 from ldm.errors import BadSampleError
 
-__all__ = ["Preprocess", "decode_image", "encode_png", "from_model", "resize_short_side", "to_model"]
+__all__ = ["Preprocess", "decode_image", "encode_png", "resize_short_side"]
 
 Pixels = NDArray[np.uint8]
 
@@ -97,19 +95,6 @@ def central_square(image: Image.Image, size_px: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return image.resize((size_px, size_px), Image.Resampling.LANCZOS, box, reducing_gap=REDUCING_GAP)
-
-
-def to_model(images_BHW3: NDArray[np.uint8]) -> Tensor:
-    """uint8 (B, H, W, 3) → float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(images_BHW3)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-    )
-
-
-def from_model(images_B3HW: Tensor) -> NDArray[np.uint8]:
-    """float (B, 3, H, W) in [-1, 1] → uint8 (B, H, W, 3), rounded to nearest."""
-    images = images_B3HW.float().clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
-    return np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def encode_png(image_HW3: NDArray[np.uint8]) -> bytes:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Pos
 
 from ldm.autoencoder import load
 from ldm.errors import BadSampleError, UserError
-from ldm.images import Preprocess, from_model, to_model
+from ldm.image_tensors import from_model, to_model
+from ldm.images import Preprocess
 from ldm.latents import LatentStats
 from ldm.metrics import reconstruction_quality
 from pipelines.device import pick_device

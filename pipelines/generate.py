@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from ldm import checkpoint, unet
 from ldm.autoencoder import load
 from ldm.conditioning import ClassConditioner, Conditioning
-from ldm.images import from_model
+from ldm.image_tensors import from_model
 from ldm.sampling import MAX_SEED, Trajectory, sample
 from pipelines.device import pick_device
 from pipelines.vae_source import on_every_node

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ldm.autoencoder import Autoencoder, load
 from ldm.errors import BadSampleError, UserError
-from ldm.images import to_model
+from ldm.image_tensors import to_model
 from ldm.latents import LatentStats, Moments
 from pipelines.dataset import StoredStats
 from pipelines.device import pick_device

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm import autoencoder
 from ldm.ema import averaged
 from ldm.errors import UserError
-from ldm.images import to_model
+from ldm.image_tensors import to_model
 from ldm.latents import LatentStats
 from pipelines.shards import list_shards
 from pipelines.train.crops import CropConfig, crop_dataset, usable_images

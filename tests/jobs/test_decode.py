@@ -11,7 +11,7 @@ from PIL import Image
 from jobs.decode import DecodeJob
 from ldm.autoencoder import load
 from ldm.errors import UserError
-from ldm.images import from_model
+from ldm.image_tensors import from_model
 from pipelines.latent_table import read_latents
 
 LATENT = np.random.default_rng(0).normal(size=(3, 4, 6))

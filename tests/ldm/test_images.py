@@ -12,7 +12,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ldm.errors import BadSampleError
-from ldm.images import Preprocess, decode_image, encode_png, from_model, resize_short_side, to_model
+from ldm.image_tensors import from_model, to_model
+from ldm.images import Preprocess, decode_image, encode_png, resize_short_side
 
 ORIENTATION = 0x0112
 

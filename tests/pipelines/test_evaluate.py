@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldm.autoencoder import load
-from ldm.images import Preprocess, from_model, to_model
+from ldm.image_tensors import from_model, to_model
+from ldm.images import Preprocess
 from ldm.latents import LatentStats, Moments
 from ldm.metrics import reconstruction_quality
 from pipelines.evaluate import EvaluatePool, ReconReport, Reconstruction, reconstruct

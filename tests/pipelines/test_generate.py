@@ -12,7 +12,7 @@ from ldm.autoencoder import load
 from ldm.checkpoint import read_info, read_scheduler_config
 from ldm.conditioning import ClassConditioner
 from ldm.errors import UserError
-from ldm.images import from_model
+from ldm.image_tensors import from_model
 from ldm.sampling import Trajectory, sample
 from pipelines.generate import GeneratePools, Pool, Request, Sampler, check, generate
 

@@ -8,7 +8,7 @@ import torch
 
 from ldm.autoencoder import load
 from ldm.errors import BadSampleError
-from ldm.images import to_model
+from ldm.image_tensors import to_model
 from pipelines.encode.encoder import encode_images, stored_moments
 
 

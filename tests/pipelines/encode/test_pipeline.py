@@ -16,7 +16,8 @@ from jobs.encode import EncodeJob
 from jobs.stats import StatsJob
 from ldm.autoencoder import load
 from ldm.errors import UserError
-from ldm.images import Preprocess, to_model
+from ldm.image_tensors import to_model
+from ldm.images import Preprocess
 from pipelines.dataset import DatasetHeader, LatentDataset
 from pipelines.encode.backlog import find_backlog
 from pipelines.encode.pipeline import encoded_units

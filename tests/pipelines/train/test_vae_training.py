@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from jobs.train_vae import TrainVaeJob
 from ldm.autoencoder import load
 from ldm.errors import UserError
-from ldm.images import to_model
+from ldm.image_tensors import to_model
 from ldm.latents import LatentStats
 from pipelines.shards import Sample, list_shards, write_tar
 from pipelines.train.crops import crops, num_passes

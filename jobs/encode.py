@@ -22,7 +22,7 @@ class EncodeJob(JobConfig):
 
     input: CliPositionalArg[str] = Field(description="folder or URL of WebDataset tars, or one tar")
     output: CliPositionalArg[str] = Field(description="folder or URL of the latent dataset")
-    vae: str = Field("f8", description="default model (f8), diffusers folder, URL or hub id")
+    vae: str = Field("f8", description="default model (f4, f8, f16), diffusers folder, URL or hub id")
     preprocess: Preprocess = Preprocess()
     unit_size: PositiveInt = Field(256, description="samples that are committed together")
     micro_batch: PositiveInt = Field(16, description="images in one call of the VAE")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.autoencoder import PRESETS, Autoencoder, build, default_names, load
+from ldm.autoencoder import __file__ as autoencoder_file
 from ldm.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -194,6 +195,12 @@ def test_deterministic_autoencoders_have_no_spread(
     assert not moments.std_BChw.any()
     assert vae.decode(moments.mean_BChw).shape == (2, 3, 32, 32)
     assert vae.whitening.scale_C == (1.0,) * vae.channels
+
+
+def test_the_default_models_are_there_and_small() -> None:
+    assert set(default_names()) == {"f4", "f8", "f16"}
+    weights = list((Path(autoencoder_file).parent / "assets").glob("*/*.safetensors"))
+    assert len(weights) == 3 and max(file.stat().st_size for file in weights) <= 5_000_000
 
 
 @pytest.mark.parametrize("name", default_names())

@@ -49,8 +49,17 @@ class Progress:
 
 
 def quiet_ray_train() -> None:
-    """For a training worker: Ray Train logs every report in full beside the line that `Progress` prints."""
+    """For a training worker: Ray Train logs every report in full beside the line that `Progress` prints.
+
+    It does so with a logger named after the file, so the records are stopped where they leave.
+    """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_not_a_report)
+
+
+def _is_not_a_report(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Reporting training result")
 
 
 def stop_on_nan(metrics: Mapping[str, float]) -> None:

@@ -5,13 +5,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test test-faults lint venv clean
 
 demo: $(INSTALLED)
 	$(BIN)/ldm demo out/demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not faults_long"
+
+test-faults: $(INSTALLED)
+	$(BIN)/pytest tests/faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
         difference = float((latents(slice(row, row + 1))[0] - together[row]).abs().max())
         largest = max(largest, difference)
         print(f"{scheduler:12} {steps:3} steps  guidance {guidance:<4} {difference:.1e}")
-    print(f"largest difference {largest:.1e}; the latents have standard deviation {float(together.std()):.2f}")
+    print(f"largest difference {largest:.1e}; standard deviation of the latents {float(together.std()):.2f}")
 
 
 if __name__ == "__main__":

@@ -76,12 +76,12 @@ def _from_dataset(name: str) -> "tuple[NDArray[np.float32], str, str]":
 
     url, _, key = name.rpartition("#")
     dataset = LatentDataset.open(url)
-    for entry in dataset.manifest().to_pylist():
+    for entry in dataset.derived().manifest.to_pylist():
         with dataset.filesystem.open(dataset.path(entry["path"]), "rb") as file:
             rows = read_latents(file)
         if key in rows.keys:
             return (
-                rows.mean_NChw[rows.keys.index(key)].astype(np.float32),
+                rows.moments.mean_NChw[rows.keys.index(key)].astype(np.float32),
                 dataset.header.vae,
                 dataset.header.vae_fingerprint,
             )

@@ -93,15 +93,16 @@ class DemoJob(JobConfig):
 
     def _encode(self) -> dict[str, object]:
         from jobs.encode import EncodeJob
-        from ldm.images import Preprocess
+        from ldm.preprocess import Preprocess
+        from pipelines.encode.pools import EncoderPool
 
         return EncodeJob(
             input=str(self.out / "shards"),
             output=str(self.out / "latents"),
             vae=self.vae,
-            preprocess=Preprocess(size_px=CROP_PX),
+            preprocess=Preprocess(sizes_px=(CROP_PX,)),
             unit_size=100,
-            micro_batch=50,
+            encoder=EncoderPool(micro_batch=50),
         ).run()
 
     def _stats(self) -> dict[str, object]:
@@ -112,11 +113,13 @@ class DemoJob(JobConfig):
     def _reconstruct(self) -> "list[Reconstruction]":
         """Each photograph at 256 px through the VAE."""
         from jobs.shards import ShardsJob
-        from ldm.images import Preprocess
+        from ldm.preprocess import Preprocess
         from pipelines.evaluate import EvaluatePool, reconstruct
 
         ShardsJob(src=self.out / "photos", out=self.out / "photo_shards").run()
-        found = reconstruct(str(self.out / "photo_shards"), self.vae, Preprocess(size_px=256), EvaluatePool())
+        found = reconstruct(
+            str(self.out / "photo_shards"), self.vae, Preprocess(sizes_px=(256,)), EvaluatePool()
+        )
         return list(found.images)
 
     def _train(self) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig
-from ldm.images import Preprocess
+from ldm.preprocess import Preprocess
 from pipelines.evaluate import EvaluatePool
 
 __all__ = ["EvaluateReconJob"]
@@ -37,7 +37,8 @@ class EvaluateReconJob(JobConfig):
 
         list_shards(self.input)
         autoencoder = load(self.vae)
-        autoencoder.check_size(self.preprocess.size_px, self.preprocess.size_px)
+        for height, width in self.preprocess.shapes():
+            autoencoder.check_size(height, width)
         with connected(self.cluster):
             report = reconstruct(self.input, self.vae, self.preprocess, self.pool)
         means = report.means()

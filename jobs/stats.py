@@ -28,7 +28,8 @@ class StatsJob(JobConfig):
 
 
 def _summary(dataset: "LatentDataset") -> dict[str, object]:
-    totals, stats = dataset.totals(), dataset.stats()
+    derived = dataset.derived()
+    totals, stats = derived.totals, derived.stats
     return {
         **totals._asdict(),
         "bytes_per_image": totals.bytes / max(totals.rows, 1),

@@ -64,11 +64,14 @@ class Autoencoder:
         self.channels = int(vae.config["latent_channels"])
         self.f = _spatial_factor(vae)
 
-    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> "Autoencoder":
+    def to(
+        self, device: str | torch.device, dtype: torch.dtype = torch.float32, *, channels_last: bool = True
+    ) -> "Autoencoder":
         """Move in place; returns itself."""
         # Not vae.to: diffusers warns of every cast, whether or not the model minds it.
         nn.Module.to(self.vae, device=device, dtype=dtype)
-        nn.Module.to(self.vae, memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        nn.Module.to(self.vae, memory_format=memory_format)
         return self
 
     @torch.inference_mode()

@@ -3,16 +3,16 @@
 Shape suffixes: B batch, C latent channels, h and w latent rows and columns (pixels / f).
 """
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LatentStats", "Moments", "Whitening", "keyed_normal", "keyed_seed"]
+from ldm.channel_stats import LatentStats
+
+__all__ = ["LatentStats", "Moments", "Whitening", "keyed_normal"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,6 @@ class Moments:
         return self.mean_BChw
 
 
-def keyed_seed(*parts: int | str) -> int:
-    """A 64-bit seed that depends on every part and on nothing else (SHA-256 of their text)."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
 def keyed_normal(seeds_B: Sequence[int], shape_Chw: Sequence[int]) -> Tensor:
     """Standard normal noise (B, C, h, w) float32, every row a function of its own seed alone.
 
@@ -57,65 +51,6 @@ def keyed_normal(seeds_B: Sequence[int], shape_Chw: Sequence[int]) -> Tensor:
         np.random.Generator(np.random.Philox(seed)).standard_normal(shape_Chw, np.float32) for seed in seeds_B
     ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, *shape_Chw))
-
-
-@dataclass(frozen=True)
-class LatentStats:
-    """Per-channel count, mean and sum of squared deviations of latents; merges exactly.
-
-    The statistics are those of z ~ q(z | x) over posterior, pixels and images: E[z] is the mean of
-    the means and E[z²] that of mean² + std². Sums are float64. ``merge`` is the pairwise update of
-    Chan, Golub & LeVeque (1983), so that statistics of parts combine without a second pass.
-    """
-
-    count: int
-    mean_C: tuple[float, ...]
-    m2_C: tuple[float, ...]
-
-    @classmethod
-    def of(cls, moments: Moments) -> "LatentStats":
-        """Statistics of one batch of moments."""
-        mean_CN = moments.mean_BChw.double().transpose(0, 1).flatten(1)
-        std_CN = moments.std_BChw.double().transpose(0, 1).flatten(1)
-        centre_C = mean_CN.mean(1)
-        m2_C = ((mean_CN - centre_C[:, None]).square() + std_CN.square()).sum(1)
-        return cls(mean_CN.shape[1], tuple(centre_C.tolist()), tuple(m2_C.tolist()))
-
-    def merge(self, other: "LatentStats") -> "LatentStats":
-        """Statistics of both parts together."""
-        if len(self.mean_C) != len(other.mean_C):
-            raise ValueError(
-                f"cannot merge statistics of {len(self.mean_C)} and {len(other.mean_C)} channels"
-            )
-        count = self.count + other.count
-        if not count:
-            return self
-        a, b = np.array(self.mean_C), np.array(other.mean_C)
-        delta = b - a
-        mean = a + delta * (other.count / count)
-        m2 = np.array(self.m2_C) + np.array(other.m2_C) + delta**2 * (self.count * other.count / count)
-        return LatentStats(count, tuple(mean.tolist()), tuple(m2.tolist()))
-
-    @classmethod
-    def merge_all(cls, parts: Iterable["LatentStats"]) -> "LatentStats":
-        """Statistics of all parts. Give them in a fixed order for the same bits every time."""
-        return reduce(cls.merge, parts)
-
-    @property
-    def std_C(self) -> tuple[float, ...]:
-        """Population standard deviation per channel."""
-        return tuple(((np.array(self.m2_C) / max(self.count, 1)).clip(min=0) ** 0.5).tolist())
-
-    @property
-    def scaling_factor(self) -> float:
-        """1 / std over all channels: the scalar that diffusers calls ``scaling_factor``.
-
-        It is the one of Rombach et al. 2022, section 4.3.2, which divides by the component-wise
-        standard deviation without taking the channels apart.
-        """
-        mean = np.array(self.mean_C)
-        variance = float((np.array(self.m2_C) / max(self.count, 1) + (mean - mean.mean()) ** 2).mean())
-        return float(1.0 / max(variance**0.5, 1e-12))
 
 
 @dataclass(frozen=True)

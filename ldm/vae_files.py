@@ -1,7 +1,6 @@
 """Where a VAE's files lie, and reading them: a default model, a folder, a URL, or the model hub."""
 
 import json
-import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from ldm import hub, storage
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ __all__ = ["ASSETS", "default_names", "read"]
 ASSETS = Path(__file__).parent / "assets"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 WEIGHTS = "diffusion_pytorch_model"
-# What the hub allows as owner/name; anything else that is no folder is a mistyped one.
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.git)", re.ASCII)
 
 
 def default_names() -> list[str]:
@@ -39,7 +37,7 @@ def read(name: str) -> "DiffusersVae":
             _fetch(name, Path(local))
             return _from_folder(Path(local), name)
     folder = Path(name).expanduser()
-    if folder.exists() or not HUB_ID.fullmatch(name):
+    if folder.exists() or not hub.is_hub_id(name):
         return _from_folder(folder, name)
     return _from_hub(name)
 
@@ -106,39 +104,25 @@ def _variant(folder: Path, name: str) -> str | None:
 
 
 def _from_hub(hub_id: str) -> "DiffusersVae":
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
-
     files = ["config.json", f"{WEIGHTS}*.safetensors", f"{WEIGHTS}*.index*.json"]
-    try:
-        folder = snapshot_download(hub_id, allow_patterns=files + [f"vae/{file}" for file in files])
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"no VAE at {hub_id!r}, neither a folder here nor a public model of the hub",
-            do="check the name; for a private model set HF_TOKEN",
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"the model hub cannot be reached for VAE {hub_id!r} and it is not in the local cache "
-            f"({type(error).__name__})",
-            do="check the network or give a local folder in diffusers' format, such as ./sd-vae-ft-mse",
-        ) from error
-    return _from_folder(Path(folder), hub_id)
+    example = "a local folder in diffusers' format, such as ./sd-vae-ft-mse"
+    folder = hub.download(
+        hub_id, files + [f"vae/{file}" for file in files], kind="VAE", folder_example=example
+    )
+    return _from_folder(folder, hub_id)
 
 
 def _fetch(url: str, local: Path) -> None:
     """Copy the files of one folder, or of a pipeline folder's ``vae/``, from a remote file system."""
-    import fsspec
-
     try:
-        filesystem, path = fsspec.url_to_fs(url)
+        filesystem, path = storage.filesystem(url)
         remote = _listed(filesystem.ls(path, detail=False))
         if "config.json" not in remote and "vae" in remote:
             remote = _listed(filesystem.ls(remote["vae"], detail=False))
         for name, source in remote.items():
             if name.endswith((".json", ".safetensors")):
                 filesystem.get_file(source, str(local / name))
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read VAE {url!r}: {_first_line(error)}") from error
 
 

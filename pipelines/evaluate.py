@@ -1,6 +1,6 @@
 """Reconstruction quality of a VAE over image shards, on Ray Data.
 
-Protocol: short side to ``size_px``, centre crop, decode of the posterior's mean, both images
+Protocol: preprocessing at the first of its sizes, decode of the posterior's mean, both images
 rounded to 8 bits, metrics per image, mean over images.
 """
 
@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Pos
 from ldm.autoencoder import load
 from ldm.errors import BadSampleError, UserError
 from ldm.image_tensors import from_model, to_model
-from ldm.images import Preprocess
 from ldm.latents import LatentStats
 from ldm.metrics import reconstruction_quality
+from ldm.preprocess import Preprocess
 from pipelines.device import pick_device
 from pipelines.shards import Sample, Shard, list_shards, read_samples
 from pipelines.vae_source import on_every_node
@@ -123,16 +123,15 @@ def _read(shard: Shard, preprocess: Preprocess) -> Iterator[dict[str, Any]]:
 
 def _row(sample: Sample, preprocess: Preprocess) -> dict[str, Any]:
     try:
-        if sample.image is None:
-            raise BadSampleError("no_image")
-        return {"key": sample.key, "original": preprocess(sample.image), "reason": ""}
+        views = preprocess.views(sample.image_bytes(), sample.key)
+        return {"key": sample.key, "original": views[0], "reason": ""}
     except BadSampleError as error:
         return _rejected(sample.key, error, preprocess)
 
 
 def _rejected(key: str, error: BadSampleError, preprocess: Preprocess) -> dict[str, Any]:
     # Ray Data wants the columns of all rows to be of one type.
-    empty = np.zeros((preprocess.size_px, preprocess.size_px, 3), np.uint8)
+    empty = np.zeros((preprocess.sizes_px[0], preprocess.sizes_px[0], 3), np.uint8)
     return {"key": key, "original": empty, "reason": str(error)}
 
 

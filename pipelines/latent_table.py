@@ -1,23 +1,41 @@
 """The Parquet form of latents and of quarantine: schema, deterministic bytes, reading back.
 
-A data file holds the posterior moments of the images of one unit and one bucket, one row each:
+A data file holds the latents of the images of one unit and one bucket, one row each:
 
-    key     string
-    label   int32, null where the sample has none
-    mean    fixed_shape_tensor(float16, (C, h, w)): the VAE's own scale, not whitened
-    std     the same; 0 for a deterministic autoencoder
+    key         string
+    label       int32, null where the sample has none
+    caption     string, null where the sample has none
+    extra       string: JSON of the fields passed through, null where none was asked for
+    mean        fixed_shape_tensor((C, h, w)): the VAE's own scale, not whitened
+    std         the same; left out where the form stores no posterior
+    mean_scale  fixed_size_list(float32, C), with int8 only; std_scale likewise
+    mirrored_…  the four of the mirrored image, where the form has them
+
+Tensors are float16, or int8 whose value times its channel's scale is the latent.
 """
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-__all__ = ["LatentRows", "Rejected", "data_bytes", "quarantine_bytes", "read_latents"]
+from pipelines.storage_form import Quantised, StorageForm, dequantise, quantise
+
+__all__ = [
+    "ROW_GROUP_BYTES",
+    "LatentRows",
+    "MomentArrays",
+    "Rejected",
+    "data_bytes",
+    "parquet_bytes",
+    "quarantine_bytes",
+    "read_latents",
+]
 
 # A reader takes whole row groups. One of about 1 MiB is large enough that an object store answers it
 # at full speed, and small enough that a shuffling loader holds many of them, from many units, at once.
@@ -49,31 +67,51 @@ class Rejected:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class LatentRows:
-    """Rows of one data file: mean_NChw and std_NChw are float16 of one shape."""
+class MomentArrays(NamedTuple):
+    """mean_NChw, std_NChw: float16 of one shape; std is 0 where no posterior was stored."""
 
-    keys: Sequence[str]
-    labels: Sequence[int | None]
     mean_NChw: NDArray[np.float16]
     std_NChw: NDArray[np.float16]
 
 
-def data_bytes(rows: LatentRows) -> bytes:
+@dataclass(frozen=True)
+class LatentRows:
+    """Rows of one data file. ``captions`` and ``extras`` (JSON) are None where a sample has none."""
+
+    keys: Sequence[str]
+    labels: Sequence[int | None]
+    captions: Sequence[str | None]
+    extras: Sequence[str | None]
+    moments: MomentArrays
+    mirrored: MomentArrays | None = None
+
+
+def data_bytes(rows: LatentRows, form: StorageForm) -> bytes:
     """One Parquet file. Equal rows give equal bytes: there is no time and no path in it."""
-    mean, std = _tensor_column(rows.mean_NChw), _tensor_column(rows.std_NChw)
-    schema = pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("label", pa.int32()),
-            pa.field("mean", mean.type, nullable=False),
-            pa.field("std", std.type, nullable=False),
-        ]
+    columns = {
+        "key": pa.array(rows.keys, pa.string()),
+        "label": pa.array(rows.labels, pa.int32()),
+        "caption": pa.array(rows.captions, pa.string()),
+        "extra": pa.array(rows.extras, pa.string()),
+        **_moment_columns("", rows.moments, form),
+        **(_moment_columns("mirrored_", rows.mirrored, form) if rows.mirrored else {}),
+    }
+    optional = ("label", "caption", "extra")
+    fields = [pa.field(name, column.type, nullable=name in optional) for name, column in columns.items()]
+    table = pa.table(list(columns.values()), schema=pa.schema(fields))
+    tensors = [name for name in columns if name.endswith(("mean", "std"))]
+    row_bytes = sum(columns[name].nbytes for name in tensors) // len(rows.keys)
+    # Byte-stream split puts the sign-and-exponent bytes of fp16 side by side, where zstd finds them
+    # alike: a quarter smaller than plain fp16, and as fast to read (measured on 256 latents of 4×32×32).
+    # Parquet has no 8-bit integers: plain int8 takes 4 bytes, in a dictionary of 255 levels 1.
+    elements = [f"{name}.list.element" for name in tensors]
+    is_int8 = form.dtype == "int8"
+    return parquet_bytes(
+        table,
+        row_group_size=max(1, ROW_GROUP_BYTES // row_bytes),
+        dictionary=["label", *(elements if is_int8 else [])],
+        byte_stream_split=[] if is_int8 else elements,
     )
-    keys, labels = pa.array(rows.keys, pa.string()), pa.array(rows.labels, pa.int32())
-    table = pa.table([keys, labels, mean, std], schema=schema)
-    row_bytes = rows.mean_NChw[0].nbytes + rows.std_NChw[0].nbytes
-    return _parquet(table, row_group_size=max(1, ROW_GROUP_BYTES // row_bytes), tensors=("mean", "std"))
 
 
 def read_latents(
@@ -83,42 +121,80 @@ def read_latents(
     with pq.ParquetFile(source, page_checksum_verification=True) as file:
         table = file.read() if row_groups is None else file.read_row_groups(list(row_groups))
     return LatentRows(
-        table["key"].to_pylist(), table["label"].to_pylist(), _tensor(table["mean"]), _tensor(table["std"])
+        keys=table["key"].to_pylist(),
+        labels=table["label"].to_pylist(),
+        captions=table["caption"].to_pylist(),
+        extras=table["extra"].to_pylist(),
+        moments=_read_moments(table, ""),
+        mirrored=_read_moments(table, "mirrored_") if "mirrored_mean" in table.schema.names else None,
     )
 
 
 def quarantine_bytes(rejected: Sequence[Rejected]) -> bytes:
     """One Parquet file of inputs that could not be encoded."""
-    return _parquet(pa.Table.from_pylist([vars(row) for row in rejected], schema=QUARANTINE_SCHEMA), 4096)
+    table = pa.Table.from_pylist([vars(row) for row in rejected], schema=QUARANTINE_SCHEMA)
+    return parquet_bytes(table, row_group_size=4096, dictionary=["source", "reason"])
 
 
-def _parquet(table: pa.Table, row_group_size: int, tensors: Sequence[str] = ()) -> bytes:
-    # Byte-stream split puts the sign-and-exponent bytes of fp16 side by side, where zstd finds them
-    # alike: a quarter smaller than plain fp16, and as fast to read (measured on 256 latents of 4×32×32).
-    split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in tensors}
+def parquet_bytes(
+    table: pa.Table,
+    *,
+    row_group_size: int,
+    dictionary: Sequence[str],
+    byte_stream_split: Sequence[str] = (),
+) -> bytes:
+    """A table as one Parquet file: zstd, page checksums, and nothing that another run would write otherwise.
+
+    dictionary, byte_stream_split: the columns to encode so.
+    """
     buffer = io.BytesIO()
     pq.write_table(
         table,
         buffer,
         row_group_size=row_group_size,
         compression="zstd",
-        column_encoding=split or None,
-        use_dictionary=[name for name in ("label", "source", "reason") if name in table.schema.names],
+        column_encoding=dict.fromkeys(byte_stream_split, "BYTE_STREAM_SPLIT") or None,
+        use_dictionary=list(dictionary),
         write_statistics=["key"],  # the least and greatest value of a tensor's elements tell nobody anything
         write_page_checksum=True,
     )
     return buffer.getvalue()
 
 
-def _tensor_column(values_NChw: NDArray[np.float16]) -> pa.Array:
+def _moment_columns(prefix: str, moments: MomentArrays, form: StorageForm) -> dict[str, pa.Array]:
+    parts = {"mean": moments.mean_NChw} | ({"std": moments.std_NChw} if form.stored == "moments" else {})
+    columns: dict[str, pa.Array] = {}
+    for name, values in parts.items():
+        if form.dtype == "int8":
+            quantised = quantise(values)
+            columns[f"{prefix}{name}"] = _tensor_column(quantised.values_NChw)
+            columns[f"{prefix}{name}_scale"] = _list_column(quantised.scale_NC)
+        else:
+            columns[f"{prefix}{name}"] = _tensor_column(values)
+    return columns
+
+
+def _read_moments(table: pa.Table, prefix: str) -> MomentArrays:
+    mean = _read_tensor(table, f"{prefix}mean")
+    has_std = f"{prefix}std" in table.schema.names
+    return MomentArrays(mean, _read_tensor(table, f"{prefix}std") if has_std else np.zeros_like(mean))
+
+
+def _tensor_column(values_NChw: NDArray[np.generic]) -> pa.Array:
     shape_Chw = values_NChw.shape[1:]
-    flat = pa.array(np.ascontiguousarray(values_NChw).reshape(-1), pa.float16())
-    storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shape_Chw)))
-    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), shape_Chw), storage)
+    storage = _list_column(values_NChw.reshape(len(values_NChw), -1))
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(storage.type.value_type, shape_Chw), storage)
 
 
-def _tensor(column: pa.ChunkedArray) -> NDArray[np.float16]:
-    parts = [chunk.to_numpy_ndarray() for chunk in column.chunks]
-    empty = np.empty((0, *column.type.shape), np.float16)
-    values: NDArray[np.float16] = np.concatenate([empty, *parts])
-    return values
+def _list_column(values_ND: NDArray[np.generic]) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(values_ND).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values_ND.shape[1])
+
+
+def _read_tensor(table: pa.Table, name: str) -> NDArray[np.float16]:
+    column = table[name].combine_chunks()
+    values: NDArray[np.generic] = column.to_numpy_ndarray()
+    if f"{name}_scale" not in table.schema.names:
+        return values.astype(np.float16, copy=False)
+    scale_NC = np.stack(table[f"{name}_scale"].to_numpy())
+    return dequantise(Quantised(values.astype(np.int8, copy=False), scale_NC))

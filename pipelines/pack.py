@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_valida
 
 from ldm.errors import BadSampleError, UserError
 from ldm.images import decode_image, encode_png, resize_short_side
-from ldm.latents import keyed_seed
+from ldm.seeds import keyed_seed
 from pipelines.class_names import CLASSES_FILE, class_names_bytes
 from pipelines.shards import IMAGE_EXTENSIONS, Sample, write_tar
 

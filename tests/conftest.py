@@ -93,10 +93,11 @@ def write_latents(vae_folder: Path) -> Callable[..., Path]:
     import torch
 
     from ldm.autoencoder import load
-    from ldm.images import Preprocess
     from ldm.latents import LatentStats, Moments
-    from pipelines.dataset import Commit, DatasetHeader, LatentDataset, StoredStats
-    from pipelines.latent_table import LatentRows, data_bytes
+    from ldm.preprocess import Preprocess
+    from pipelines.dataset import LatentDataset
+    from pipelines.dataset_records import Commit, DatasetHeader, StoredStats
+    from pipelines.latent_table import LatentRows, MomentArrays, data_bytes
 
     fingerprint = load(vae_folder).fingerprint
 
@@ -113,7 +114,7 @@ def write_latents(vae_folder: Path) -> Callable[..., Path]:
             vae_fingerprint=fingerprint,
             f=4,
             channels=3,
-            preprocess=Preprocess(size_px=size_px),
+            preprocess=Preprocess(sizes_px=(size_px,)),
             unit_size=8,
             class_names=None if class_names is None else tuple(class_names),
         )
@@ -125,11 +126,14 @@ def write_latents(vae_folder: Path) -> Callable[..., Path]:
             mean = rng.normal(3, 2, (len(rows), 3, side, side)).astype(np.float16)
             std = np.exp(rng.normal(-1, 0.3, mean.shape)).astype(np.float16)
             labels = [i % 2 if class_names and i < count - 1 else None for i in rows]
-            latents = LatentRows([f"k{i}" for i in rows], labels, mean, std)
+            none = [None] * len(rows)
+            latents = LatentRows([f"k{i}" for i in rows], labels, none, none, MomentArrays(mean, std))
             unit = f"unit-{index:06d}"
             stats = LatentStats.of(Moments(torch.from_numpy(mean), torch.from_numpy(std)))
             bucket = f"{4 * side}x{4 * side}"
-            file = dataset.publish(f"data/{bucket}/{unit}.parquet", data_bytes(latents), len(rows))
+            file = dataset.publish(
+                f"data/{bucket}/{unit}.parquet", data_bytes(latents, header.form), len(rows)
+            )
             dataset.commit(
                 Commit(
                     unit=unit,

@@ -1,19 +1,17 @@
-"""What is left to do: the shards of the input, less what is committed."""
+"""What is left to do: the shards of the input, less what is committed; and which versions to retire."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ldm.errors import BadSampleError, UserError
+from ldm.preprocess import Preprocess
 from pipelines.dataset import LatentDataset
-from pipelines.encode.units import parse_unit_id, unit_family, unit_id
-from pipelines.shards import Shard, read_samples
+from pipelines.shards import InputConfig, Shard, read_samples
+from pipelines.unit_ids import parse_unit_id, unit_family, unit_id
 
-__all__ = ["Backlog", "ShardWork", "find_backlog", "require_image"]
+__all__ = ["Backlog", "Replacement", "ShardWork", "find_backlog", "require_image"]
 
 # A corpus whose first images are all bad is the encoder's business: it says why, image by image.
 MAX_BAD_IMAGES = 100
@@ -28,42 +26,57 @@ class ShardWork:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """A shard whose committed rows are of another version than the input's: ``old`` and ``new`` family."""
+
+    shard_name: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
 class Backlog:
-    """Shards to read, and how many units of the input are committed already."""
+    """Shards to read; units of the input that are committed; versions to retire; shards that are gone.
+
+    A replaced shard's old rows count until all units of its new version are committed.
+    """
 
     shards: Sequence[ShardWork]
     num_committed: int
+    replacements: Sequence[Replacement] = ()
+    removed: Sequence[str] = ()
 
 
 def find_backlog(shards: Sequence[Shard], dataset: LatentDataset) -> Backlog:
-    """Compare the input with the commits: one listing, and one commit read per shard that was begun.
-
-    UserError where a shard has changed since it was encoded: its old rows would stay beside the new.
-    """
-    by_family = _indices_by_family(dataset.committed_units(), shards, dataset.header.unit_size)
-    work, num_committed = [], 0
+    """Compare the input with the commits: two listings, and one commit read per shard that was begun."""
+    committed = _indices_by_family(dataset.committed_units())
+    current = dataset.current_families()
+    unit_size = dataset.header.unit_size
+    work: list[ShardWork] = []
+    replacements: list[Replacement] = []
+    num_committed = 0
     for shard in shards:
-        committed = by_family.get(unit_family(shard, dataset.header.unit_size), frozenset())
-        num_committed += len(committed)
-        if not _is_done(shard, committed, dataset):
-            work.append(ShardWork(shard, committed))
-    return Backlog(work, num_committed)
+        family = unit_family(shard, unit_size)
+        families = committed.get(shard.name, {})
+        indices = frozenset(families.get(family, ()))
+        num_committed += len(indices)
+        if not _is_done(shard, indices, dataset):
+            work.append(ShardWork(shard, indices))
+        others = [other for other in sorted(families) if other != family]
+        old = current.get(shard.name) or (others[0] if others else family)
+        if old != family:
+            replacements.append(Replacement(shard.name, old, family))
+    removed = sorted(committed.keys() - {shard.name for shard in shards})
+    return Backlog(work, num_committed, replacements, removed)
 
 
-def _indices_by_family(
-    committed: Iterable[str], shards: Sequence[Shard], unit_size: int
-) -> dict[str, frozenset[int]]:
-    families = {shard.name: unit_family(shard, unit_size) for shard in shards}
-    indices: dict[str, set[int]] = defaultdict(set)
+def _indices_by_family(committed: Iterable[str]) -> dict[str, dict[str, set[int]]]:
+    """Shard name → unit family → indices of the committed units."""
+    found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for identifier in committed:
         name, family, index = parse_unit_id(identifier)
-        if families.get(name, family) != family:
-            raise UserError(
-                f"shard {name} has changed since it was encoded (unit {identifier})",
-                do="encode into a new folder",
-            )
-        indices[family].add(index)
-    return {family: frozenset(found) for family, found in indices.items()}
+        found[name][family].add(index)
+    return found
 
 
 def _is_done(shard: Shard, committed: frozenset[int], dataset: LatentDataset) -> bool:
@@ -74,10 +87,10 @@ def _is_done(shard: Shard, committed: frozenset[int], dataset: LatentDataset) ->
     return next(iter(dataset.commits([last]))).is_final
 
 
-def require_image(shards: Iterable[Shard], preprocess: Callable[[bytes], NDArray[np.uint8]]) -> None:
+def require_image(shards: Iterable[Shard], preprocess: Preprocess, config: InputConfig) -> None:
     """UserError unless an image is found that can be used. Costs one image where the input is sound."""
     reasons: list[str] = []
-    for error in islice(_until_usable(shards, preprocess), MAX_BAD_IMAGES):
+    for error in islice(_until_usable(shards, preprocess, config), MAX_BAD_IMAGES):
         if error is None:
             return
         reasons.append(str(error))
@@ -87,16 +100,16 @@ def require_image(shards: Iterable[Shard], preprocess: Callable[[bytes], NDArray
 
 
 def _until_usable(
-    shards: Iterable[Shard], preprocess: Callable[[bytes], NDArray[np.uint8]]
+    shards: Iterable[Shard], preprocess: Preprocess, config: InputConfig
 ) -> Iterable[BadSampleError | None]:
     """The error of every bad image up to the first usable one, for which None stands."""
     for shard in shards:
         try:
-            for sample in read_samples(shard):
+            for sample in read_samples(shard, config):
                 if sample.image is None:
                     continue
                 try:
-                    preprocess(sample.image)
+                    preprocess.views(sample.image, sample.key)
                 except BadSampleError as error:
                     yield error
                 else:

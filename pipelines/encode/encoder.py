@@ -1,27 +1,30 @@
-"""The encoder stage: images of a unit → fp16 moments and their statistics, on one VAE per actor."""
+"""The encoder stage: images of a unit → latents as stored, and their statistics; one VAE per actor."""
 
+import math
 import os
 import platform
 import time
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from ldm.autoencoder import Autoencoder, load
+from ldm.autoencoder import load
 from ldm.errors import BadSampleError, UserError
-from ldm.image_tensors import to_model
-from ldm.latents import LatentStats, Moments
-from pipelines.dataset import StoredStats
+from ldm.latents import LatentStats, Moments, keyed_normal
+from ldm.seeds import keyed_seed
+from pipelines.dataset_records import StoredStats
 from pipelines.device import pick_device
+from pipelines.encode.attempts import Attempt, Register, attempt
+from pipelines.encode.micro_batches import ImageEncoder
+from pipelines.encode.pools import EncoderPool
 from pipelines.encode.rows import DecodedUnit, EncodedUnit, EncoderTrace
 from pipelines.latent_table import Rejected
+from pipelines.storage_form import StorageForm, dequantise, quantise
 
-__all__ = ["UnitEncoder", "encode_images", "encode_unit", "stored_moments"]
+__all__ = ["UnitEncoder", "encode_unit", "stored_moments"]
 
 FP16_MAX = float(torch.finfo(torch.float16).max)
 
@@ -31,83 +34,100 @@ Latent = NDArray[np.float16]
 class UnitEncoder:
     """The callable of the actor pool: loads the VAE once, then encodes one unit per call."""
 
-    def __init__(self, vae: str, fingerprint: str, micro_batch: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        vae: str,
+        fingerprint: str,
+        form: StorageForm,
+        pool: EncoderPool,
+        register: Register,
+    ) -> None:
         # Fixed, because the number of threads can change the last bits of a convolution.
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(max(1, math.floor(pool.num_cpus)))
         autoencoder = load(vae)
         # What lies under a path on this node need not be what the driver read there.
         if autoencoder.fingerprint != fingerprint:
             raise UserError(f"VAE {vae} on node {platform.node()} has other weights than on the driver")
-        self.device = pick_device()
-        self.autoencoder = autoencoder.to(self.device)
-        self.micro_batch = micro_batch
+        self.encoder = ImageEncoder(autoencoder, pool, pick_device())
+        self.form, self.register = form, register
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """`DecodedUnit` row → `EncodedUnit` row."""
-        start = time.perf_counter()
-        encoded = encode_unit(self.autoencoder, DecodedUnit.from_table(table), self.micro_batch)
-        seconds = time.perf_counter() - start
-        trace = EncoderTrace(platform.node(), os.getpid(), str(self.device), seconds)
-        return replace(encoded, trace=trace).to_table()
+        unit = DecodedUnit.from_table(table)
+        with attempt(self.register, "encode", unit.unit.id) as this_attempt:
+            return encode_unit(self.encoder, unit, self.form, this_attempt).to_table()
 
 
-def encode_unit(autoencoder: Autoencoder, unit: DecodedUnit, micro_batch: int) -> EncodedUnit:
-    """Encode a unit's images; a latent that fp16 cannot hold is rejected, the others are kept."""
-    rejected = list(unit.rejected)
+def encode_unit(
+    encoder: ImageEncoder, unit: DecodedUnit, form: StorageForm, this_attempt: Attempt
+) -> EncodedUnit:
+    """Encode a unit's images; a sample of which a view cannot be stored is rejected, others are kept."""
+    start = time.perf_counter()
+    keys, num_samples = unit.samples.keys, len(unit.samples)
+    views = len(unit.images_N) // max(num_samples, 1)
+    sides = [unit.images_N]
+    if form.mirrored:
+        sides.append([image[:, ::-1] for image in unit.images_N])
+    found = [encoder.encode(images, this_attempt) for images in sides]
     kept: list[int] = []
-    latents: list[tuple[Latent, Latent]] = []
-    for index, (mean_Chw, std_Chw) in enumerate(encode_images(autoencoder, unit.images_N, micro_batch)):
+    rejected = list(unit.rejected)
+    latents: list[list[tuple[Latent, Latent]]] = [[] for _ in sides]
+    for index, key in enumerate(keys):
+        mine = range(index * views, (index + 1) * views)
         try:
-            latents.append(stored_moments(mean_Chw, std_Chw))
-            kept.append(index)
+            stored = [[stored_moments(side[i], form, key, s) for i in mine] for s, side in enumerate(found)]
         except BadSampleError as error:
-            source, position = unit.unit.shard.url, unit.positions[index]
-            rejected.append(Rejected(unit.keys[index], source, position, error.reason, error.detail))
+            source, position = unit.unit.shard.url, unit.samples.positions[index]
+            rejected.append(Rejected(key, source, position, error.reason, error.detail))
+            continue
+        kept.append(index)
+        for kept_pairs, pairs in zip(latents, stored, strict=True):
+            kept_pairs.extend(pairs)
+    mirrored = latents[1] if form.mirrored else []
     return EncodedUnit(
         unit=unit.unit,
         num_inputs=unit.num_inputs,
         rejected=sorted(rejected, key=lambda r: r.position),
-        keys=[unit.keys[index] for index in kept],
-        labels=[unit.labels[index] for index in kept],
-        stats=_stats(latents),
-        trace=EncoderTrace(node="", pid=0, device=str(autoencoder.vae.device), seconds=0.0),
-        means_N=[mean for mean, _ in latents],
-        stds_N=[std for _, std in latents],
+        samples=unit.samples.take(kept),
+        stats=_stats(latents[0]),
+        decode_s=unit.decode_s,
+        trace=EncoderTrace(platform.node(), os.getpid(), str(encoder.device), time.perf_counter() - start),
+        means_N=[mean for mean, _ in latents[0]],
+        stds_N=[std for _, std in latents[0]],
+        mirrored_means_N=[mean for mean, _ in mirrored],
+        mirrored_stds_N=[std for _, std in mirrored],
+        texts=unit.texts,
+        embeddings_T=unit.embeddings_T,
     )
 
 
-def encode_images(
-    autoencoder: Autoencoder, images_N: Sequence[NDArray[np.uint8]], micro_batch: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(mean, std) float32 (C, h, w) on the CPU per image, in order.
+def stored_moments(
+    moments: tuple[torch.Tensor, torch.Tensor] | BadSampleError, form: StorageForm, key: str, side: int
+) -> tuple[Latent, Latent]:
+    """(mean, std) float32 (C, h, w) → float16 (C, h, w), just as a reader of the stored form gets them.
 
-    images_N: uint8 (H, W, 3). Images of one size are encoded ``micro_batch`` at a time in their
-    order, so that which images meet in a batch depends on the unit alone.
+    std is 0 where the form has none. ``side``: 1 for the mirrored image. BadSampleError: the one
+    given, ``non_finite_latent``, or ``latent_overflow`` where fp16 cannot hold a value.
     """
-    by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, image in enumerate(images_N):
-        by_size[image.shape].append(index)
-    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for indices in by_size.values():
-        for start in range(0, len(indices), micro_batch):
-            batch = indices[start : start + micro_batch]
-            moments = autoencoder.encode(to_model(np.stack([images_N[index] for index in batch])))
-            pairs = zip(moments.mean_BChw.cpu(), moments.std_BChw.cpu(), strict=True)
-            found.update(zip(batch, pairs, strict=True))
-    return [found[index] for index in range(len(images_N))]
-
-
-def stored_moments(mean_Chw: torch.Tensor, std_Chw: torch.Tensor) -> tuple[Latent, Latent]:
-    """float32 moments → float16.
-
-    BadSampleError ``non_finite_latent``, or ``latent_overflow`` where fp16 cannot hold a value.
-    """
+    if isinstance(moments, BadSampleError):
+        raise moments
+    mean_Chw, std_Chw = moments
     largest = float(torch.maximum(mean_Chw.abs().max(), std_Chw.max()))
     if not np.isfinite(largest):
         raise BadSampleError("non_finite_latent")
+    if form.stored == "sample":
+        noise = keyed_normal([keyed_seed("stored sample", form.seed, key, side)], mean_Chw.shape)
+        mean_Chw = mean_Chw + std_Chw * noise[0]
+        largest = float(mean_Chw.abs().max())
     if largest > FP16_MAX:
         raise BadSampleError("latent_overflow", f"{largest:.3g}, fp16 holds up to {FP16_MAX:.0f}")
-    return mean_Chw.half().numpy(), std_Chw.half().numpy()
+    std_Chw = std_Chw if form.stored == "moments" else torch.zeros_like(std_Chw)
+    return _as_read(mean_Chw, form), _as_read(std_Chw, form)
+
+
+def _as_read(latent_Chw: torch.Tensor, form: StorageForm) -> Latent:
+    latent: Latent = latent_Chw.half().numpy()
+    return dequantise(quantise(latent[None]))[0] if form.dtype == "int8" else latent
 
 
 def _stats(latents: Sequence[tuple[Latent, Latent]]) -> StoredStats | None:

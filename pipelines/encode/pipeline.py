@@ -1,34 +1,35 @@
-"""ENCODE: shards → units → pixels → moments → latent dataset, as one streaming Ray Data job.
+"""ENCODE: shards → units → pixels → latents → latent dataset, as one streaming Ray Data job.
 
-    read tasks ──► decode tasks ──► VAE actors ──► write tasks
-    1 per shard    CPU               own CPUs/GPUs   data, quarantine, commit
+    read tasks ──► (text actors) ──► decode tasks ──► VAE actors ──► write tasks ──► driver
+    1 per shard     own CPUs/GPUs     CPU              own CPUs/GPUs   data, commit    reports
 
 Every stage handles whole units, one row each. Nothing is kept in memory but the units in flight.
 """
 
-import math
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
 from ldm.errors import UserError
-from ldm.images import Preprocess
-from pipelines.dataset import DatasetHeader, LatentDataset
+from pipelines.dataset import LatentDataset
+from pipelines.dataset_records import DatasetHeader, TextRecord
+from pipelines.encode.attempts import Register, attempt, start_register
 from pipelines.encode.backlog import Backlog
-from pipelines.encode.decode import decode_unit
-from pipelines.encode.encoder import UnitEncoder
-from pipelines.encode.pools import ActorPool, TaskPool
-from pipelines.encode.rows import ReadUnit
-from pipelines.encode.sink import LatentSink, UnitReport
+from pipelines.encode.bad_share import require_good_commits, require_good_share
+from pipelines.encode.decode import Judge, decode_unit
+from pipelines.encode.pools import ActorPool, EncoderPool, TaskPool, TextPool
+from pipelines.encode.report import EncodeSummary, RunReport, UnitReport
+from pipelines.encode.rows import EncodedUnit, ReadUnit
 from pipelines.encode.source import ShardSource
+from pipelines.encode.write import write_unit
+from pipelines.text_config import TextConfig
+from pipelines.unit_ids import parse_unit_id
 
-__all__ = ["EncodeSummary", "EncoderSummary", "encode", "encoded_units", "require_resources"]
+__all__ = ["ActorStage", "encode", "require_resources", "text_stage", "vae_stage", "written_units"]
 
 # Reading and writing wait for the store most of the time.
 READ_CPUS = 0.25
@@ -37,65 +38,109 @@ WRITE_CPUS = 0.25
 # to be relied upon. That its options differ from its neighbours' also keeps Ray Data from fusing it with
 # them, which would decode inside the VAE actors, or one shard on one CPU.
 UNITS_PER_DECODE_WORKER = 1000
+# Before that many inputs, the share of bad ones says little.
+MIN_INPUTS_TO_JUDGE = 1000
 
 
 @dataclass(frozen=True)
-class EncoderSummary:
-    """One encoder actor: where it ran, what it did, how many seconds it encoded."""
+class ActorStage:
+    """A stage of actors: the class whose instances turn a row into a row, its arguments, its pool.
 
-    node: str
-    pid: int
-    device: str
-    units: int
-    images: int
-    busy_s: float
+    The class also gets ``register``, the run's `Attempts` actor.
+    """
+
+    callable_class: type[Callable[[pa.Table], pa.Table]]
+    arguments: Mapping[str, object]
+    pool: ActorPool = field(default_factory=ActorPool)
 
 
-@dataclass(frozen=True)
-class EncodeSummary:
-    """What one run did. images and bytes are those of this run, quarantined counts by reason."""
+def vae_stage(header: DatasetHeader, vae: str, pool: EncoderPool) -> ActorStage:
+    """The VAE actors. vae: as `ldm.autoencoder.load` takes it, readable on every node."""
+    from pipelines.encode.encoder import UnitEncoder
 
-    images: int
-    quarantined: dict[str, int]
-    units_done: int
-    units_skipped: int
-    seconds: float
-    images_per_s: float
-    bytes_per_image: float
-    encoders: tuple[EncoderSummary, ...]
+    arguments = {
+        "vae": vae,
+        "fingerprint": header.vae_fingerprint,
+        "form": header.form,
+        "pool": pool,
+    }
+    return ActorStage(UnitEncoder, arguments, pool)
+
+
+def text_stage(config: TextConfig, record: TextRecord, pool: TextPool) -> ActorStage:
+    """The text encoder's actors. config: its encoder as every node finds it."""
+    from pipelines.encode.text import UnitTextEncoder
+
+    arguments = {"config": config, "fingerprint": record.fingerprint, "pool": pool}
+    return ActorStage(UnitTextEncoder, arguments, pool)
 
 
 def encode(
     dataset: LatentDataset,
     backlog: Backlog,
+    judge: Judge,
     *,
-    vae: str,
-    micro_batch: int,
     decode_pool: TaskPool,
-    encoder_pool: ActorPool,
+    encoder: ActorStage,
+    text: ActorStage | None = None,
+    max_bad_share: float = 1.0,
+    watch: Callable[[UnitReport], None] = lambda report: None,
 ) -> EncodeSummary:
     """Encode what is in the backlog, then rebuild what is derived from the commits.
 
-    vae: as `ldm.autoencoder.load` takes it, readable on every node. micro_batch: images per VAE
-    call. Needs a connected Ray. Exceptions of a stage arrive inside Ray's own, chained.
+    watch: called for every unit once it is committed. UserError where more than ``max_bad_share`` of
+    the inputs are bad; what is committed by then stays. Needs a connected Ray. Exceptions of a stage
+    arrive inside Ray's own, chained.
     """
     start = time.perf_counter()
-    sink = LatentSink(dataset)
+    run, first_unit_s = RunReport(), None
+    _pin_old_versions(dataset, backlog)
     if backlog.shards:
-        units = encoded_units(dataset.header, backlog, vae, micro_batch, decode_pool, encoder_pool)
-        units.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS})
-    dataset.write_derived()
-    return _summary(sink.reports, backlog.num_committed, time.perf_counter() - start)
+        for report in _reports(written_units(dataset, backlog, judge, decode_pool, encoder, text)):
+            first_unit_s = first_unit_s or time.perf_counter() - start
+            run.add(report)
+            watch(report)
+            if run.inputs >= MIN_INPUTS_TO_JUDGE:
+                bad = run.quarantined.total()
+                require_good_share(bad, run.inputs, max_bad_share, run.examples)
+    _replace_versions(dataset, backlog, max_bad_share)
+    if not dataset.is_derived_current():
+        require_good_commits(dataset, dataset.commits(), max_bad_share)
+        dataset.write_derived()
+    return run.summary(
+        seconds=time.perf_counter() - start,
+        first_unit_s=first_unit_s,
+        units_skipped=backlog.num_committed,
+        retired_shards=[replacement.shard_name for replacement in backlog.replacements],
+        removed_shards=backlog.removed,
+    )
 
 
-def require_resources(decode_pool: TaskPool, encoder_pool: ActorPool) -> None:
+def _pin_old_versions(dataset: LatentDataset, backlog: Backlog) -> None:
+    """Before a unit of a new version can be committed: the old one's rows are those that count."""
+    known = dataset.current_families()
+    for replacement in backlog.replacements:
+        if replacement.shard_name not in known:
+            dataset.set_current_family(replacement.shard_name, replacement.old)
+
+
+def _replace_versions(dataset: LatentDataset, backlog: Backlog, max_bad_share: float) -> None:
+    """Retire the old versions of edited shards, unless a new one is too bad to take their place."""
+    for replacement in backlog.replacements:
+        units = [unit for unit in dataset.committed_units() if parse_unit_id(unit)[1] == replacement.new]
+        require_good_commits(dataset, dataset.commits(units), max_bad_share)
+        dataset.set_current_family(replacement.shard_name, replacement.new)
+
+
+def require_resources(decode_pool: TaskPool, *pools: ActorPool) -> None:
     """UserError where the connected cluster can never run the smallest pools at once; it would hang.
 
     Not for a cluster that grows on demand: what it will have is not known.
     """
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's own
-    cpus = encoder_pool.min_size * encoder_pool.num_cpus + max(decode_pool.num_cpus, READ_CPUS, WRITE_CPUS)
-    gpus = encoder_pool.min_size * encoder_pool.num_gpus
+    tasks = max(decode_pool.num_cpus, READ_CPUS, WRITE_CPUS)
+    cpus = sum(pool.min_size * pool.num_cpus for pool in pools) + tasks
+    gpus = sum(pool.min_size * pool.num_gpus for pool in pools)
     for name, need, option in (("CPU", cpus, "num-cpus"), ("GPU", gpus, "num-gpus")):
         if need > have.get(name, 0.0):
             raise UserError(
@@ -104,22 +149,25 @@ def require_resources(decode_pool: TaskPool, encoder_pool: ActorPool) -> None:
             )
 
 
-def encoded_units(
-    header: DatasetHeader,
+def written_units(
+    dataset: LatentDataset,
     backlog: Backlog,
-    vae: str,
-    micro_batch: int,
+    judge: Judge,
     decode_pool: TaskPool,
-    encoder_pool: ActorPool,
+    encoder: ActorStage,
+    text: ActorStage | None = None,
 ) -> Dataset:
-    """The stages up to the writing one, not run yet: rows of `EncodedUnit`."""
+    """All stages, not run yet: rows of `UnitReport`."""
     with DataContext.current(_context()):
+        register = start_register()
         units = ray.data.read_datasource(
-            ShardSource(backlog.shards, header.unit_size),
+            ShardSource(backlog.shards, dataset.header.unit_size, dataset.header.input),
             num_cpus=READ_CPUS,
             # As many as there are read tasks: with more, Ray Data would cut every output block further.
             override_num_blocks=len(backlog.shards),
         )
+        if text is not None:
+            units = _through(units, text, register)
         decoded = units.map_batches(
             _decode_row,
             batch_size=1,
@@ -127,57 +175,52 @@ def encoded_units(
             compute=TaskPoolStrategy(size=decode_pool.max_size),
             num_cpus=decode_pool.num_cpus,
             max_calls=UNITS_PER_DECODE_WORKER,
-            fn_kwargs={"preprocess": header.preprocess, "class_names": header.class_names},
+            fn_kwargs={"judge": judge, "register": register},
         )
-        encoded: Dataset = decoded.map_batches(
-            UnitEncoder,
+        written: Dataset = _through(decoded, encoder, register).map_batches(
+            _write_row,  # type: ignore[arg-type]  # Ray's type has no room for keywords beside the batch
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=encoder_pool.min_size, max_size=encoder_pool.max_size),
-            num_cpus=encoder_pool.num_cpus,
-            num_gpus=encoder_pool.num_gpus,
-            fn_constructor_kwargs={
-                "vae": vae,
-                "fingerprint": header.vae_fingerprint,
-                "micro_batch": micro_batch,
-                "num_threads": max(1, math.floor(encoder_pool.num_cpus)),
-            },
+            num_cpus=WRITE_CPUS,
+            fn_kwargs={"dataset": dataset},
         )
-        return encoded
+        return written
+
+
+def _through(units: Dataset, stage: ActorStage, register: Register) -> Dataset:
+    pool = stage.pool
+    passed: Dataset = units.map_batches(
+        stage.callable_class,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+        accelerator_type=pool.accelerator_type,
+        fn_constructor_kwargs={**stage.arguments, "register": register},
+    )
+    return passed
 
 
 def _context() -> DataContext:
     context = DataContext.get_current().copy()
     # One row per block: a unit moves on as soon as it is there, rather than when 128 MiB of them are.
     context.target_max_block_size = 1
-    context.enable_progress_bars = sys.stderr.isatty()
+    context.enable_progress_bars = False
     context.print_on_execution_start = False
     return context
 
 
-def _decode_row(table: pa.Table, preprocess: Preprocess, class_names: Sequence[str] | None) -> pa.Table:
-    return decode_unit(ReadUnit.from_table(table).content, preprocess, class_names).to_table()
+def _decode_row(table: pa.Table, judge: Judge, register: Register) -> pa.Table:
+    read = ReadUnit.from_table(table)
+    with attempt(register, "decode", read.content.unit.id) as this_attempt:
+        return decode_unit(read.content, judge, this_attempt, read.embedded).to_table()
 
 
-def _summary(reports: Sequence[UnitReport], num_committed: int, seconds: float) -> EncodeSummary:
-    images = sum(report.rows for report in reports)
-    quarantined: Counter[str] = Counter()
-    for report in reports:
-        quarantined.update(report.quarantined)
-    return EncodeSummary(
-        images=images,
-        quarantined=dict(sorted(quarantined.items())),
-        units_done=len(reports),
-        units_skipped=num_committed,
-        seconds=seconds,
-        images_per_s=images / seconds,
-        bytes_per_image=sum(report.data_bytes for report in reports) / max(images, 1),
-        encoders=tuple(_encoders(reports)),
-    )
+def _write_row(table: pa.Table, dataset: LatentDataset) -> pa.Table:
+    return write_unit(dataset, EncodedUnit.from_table(table)).to_table()
 
 
-def _encoders(reports: Sequence[UnitReport]) -> Iterable[EncoderSummary]:
-    actors = sorted({(r.trace.node, r.trace.pid, r.trace.device) for r in reports})
-    for actor in actors:
-        own = [r for r in reports if (r.trace.node, r.trace.pid, r.trace.device) == actor]
-        yield EncoderSummary(*actor, len(own), sum(r.rows for r in own), sum(r.trace.seconds for r in own))
+def _reports(written: Dataset) -> Iterator[UnitReport]:
+    for table in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from UnitReport.of_table(table)

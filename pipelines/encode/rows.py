@@ -5,20 +5,20 @@ one row, its samples in list columns, no re-blocking can split a unit or mix two
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import ClassVar, TypeAlias, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from ldm.errors import BadSampleError
-from pipelines.dataset import StoredStats
+from pipelines.dataset_records import StoredStats
 from pipelines.encode.units import Unit, UnitSamples
 from pipelines.latent_table import Rejected
 from pipelines.shards import Sample, Shard
 
-__all__ = ["DecodedUnit", "EncodedUnit", "EncoderTrace", "ReadUnit"]
+__all__ = ["DecodedUnit", "Embedded", "EncodedUnit", "EncoderTrace", "ReadUnit", "SampleColumns"]
 
 Row: TypeAlias = dict[str, object]
 Element = TypeVar("Element", bound=np.generic)
@@ -42,73 +42,136 @@ _REJECTED = pa.list_(
 )
 _SAMPLES = pa.list_(pa.struct([("key", TEXT), ("image", BYTES), ("fields", pa.map_(TEXT, BYTES))]))
 _DAMAGE = pa.struct([("reason", TEXT), ("detail", TEXT)])
+_COLUMNS = pa.struct(
+    [
+        ("keys", pa.list_(TEXT)),
+        ("labels", pa.list_(pa.int32())),
+        ("captions", pa.list_(TEXT)),
+        ("extras", pa.list_(TEXT)),
+        ("positions", pa.list_(pa.int64())),
+    ]
+)
 _ARRAYS = pa.list_(pa.struct([("shape", pa.list_(pa.int32())), ("data", BYTES)]))
 _STATS = pa.struct([("count", pa.int64()), ("mean", pa.list_(pa.float64())), ("m2", pa.list_(pa.float64()))])
 _TRACE = pa.struct([("node", TEXT), ("pid", pa.int64()), ("device", TEXT), ("seconds", pa.float64())])
 
 
+_EMBEDDED = (("texts", pa.list_(TEXT)), ("embeddings_T", _ARRAYS))
+_FAILURES = pa.list_(pa.struct([("text", TEXT), ("reason", TEXT), ("detail", TEXT)]))
+_ACCOUNT = (("unit", _UNIT), ("num_inputs", pa.int64()), ("rejected", _REJECTED))
+ARRAYS_OF_ENCODED = ("means_N", "stds_N", "mirrored_means_N", "mirrored_stds_N", "embeddings_T")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of a unit, float16 (tokens, D) each: of its distinct captions, or of single samples.
+
+    texts: the captions, or the keys where every sample brought its own. failures: caption → why it
+    has none.
+    """
+
+    texts: Sequence[str] = ()
+    embeddings_T: Sequence[NDArray[np.float16]] = ()
+    failures: Mapping[str, BadSampleError] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class ReadUnit:
-    """A unit as it was read: `UnitSamples` as a row."""
+    """A unit as it was read, and the embeddings of its captions once the text stage has made them."""
 
-    SCHEMA: ClassVar[pa.Schema] = pa.schema([("unit", _UNIT), ("samples", _SAMPLES), ("damage", _DAMAGE)])
+    SCHEMA: ClassVar[pa.Schema] = pa.schema(
+        [("unit", _UNIT), ("samples", _SAMPLES), ("damage", _DAMAGE), *_EMBEDDED, ("failures", _FAILURES)]
+    )
 
     content: UnitSamples
+    embedded: Embedded = Embedded()
 
     def to_table(self) -> pa.Table:
         """One row."""
         damage, samples = self.content.damage, self.content.samples
-        row: Row = {
+        failures = self.embedded.failures.items()
+        values: Row = {
             "unit": asdict(self.content.unit),
             "samples": [{"key": s.key, "image": s.image, "fields": list(s.fields.items())} for s in samples],
             "damage": None if damage is None else {"reason": damage.reason, "detail": damage.detail},
+            "texts": self.embedded.texts,
+            "failures": [{"text": text, "reason": e.reason, "detail": e.detail} for text, e in failures],
         }
-        return pa.Table.from_pylist([row], schema=self.SCHEMA)
+        return _table(self.SCHEMA, values, {"embeddings_T": self.embedded.embeddings_T})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "ReadUnit":
         """The unit of a table of one row."""
-        row = table.to_pylist(maps_as_pydicts="strict")[0]
+        row = table.drop_columns(["embeddings_T"]).to_pylist(maps_as_pydicts="strict")[0]
         samples = [Sample(**sample) for sample in row["samples"]]
         damage = BadSampleError(**row["damage"]) if row["damage"] else None
-        return cls(UnitSamples(_unit(row["unit"]), samples, damage))
+        failures = {f["text"]: BadSampleError(f["reason"], f["detail"]) for f in row["failures"]}
+        embedded = Embedded(row["texts"], _unpack(table["embeddings_T"], np.float16), failures)
+        return cls(UnitSamples(_unit(row["unit"]), samples, damage), embedded)
+
+
+@dataclass(frozen=True)
+class SampleColumns:
+    """What is known of a unit's good samples beside their pixels, in their order."""
+
+    keys: Sequence[str]
+    labels: Sequence[int | None]
+    captions: Sequence[str | None]
+    extras: Sequence[str | None]
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple[Any, ...]]) -> "SampleColumns":
+        """Of (key, label, caption, extra, position) for each sample."""
+        return cls(*(list(column) for column in zip(*rows, strict=True))) if rows else cls([], [], [], [], [])
+
+    def take(self, indices: Sequence[int]) -> "SampleColumns":
+        """Some of the samples."""
+        return SampleColumns(*([column[index] for index in indices] for column in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class DecodedUnit:
-    """A unit after preprocessing: images_N are uint8 (H, W, 3), in the order of keys and labels."""
+    """A unit after preprocessing.
+
+    images_N: uint8 (H, W, 3), the views of one sample after those of another: as many of each as
+    there are resolutions.
+    """
 
     SCHEMA: ClassVar[pa.Schema] = pa.schema(
-        [
-            ("unit", _UNIT),
-            ("num_inputs", pa.int64()),
-            ("rejected", _REJECTED),
-            ("keys", pa.list_(TEXT)),
-            ("labels", pa.list_(pa.int32())),
-            ("positions", pa.list_(pa.int64())),
-            ("images", _ARRAYS),
-        ]
+        [*_ACCOUNT, ("samples", _COLUMNS), ("decode_s", pa.float64()), ("images_N", _ARRAYS), *_EMBEDDED]
     )
 
     unit: Unit
     num_inputs: int
     rejected: Sequence[Rejected]
-    keys: Sequence[str]
-    labels: Sequence[int | None]
-    positions: Sequence[int]
+    samples: SampleColumns
+    decode_s: float
     images_N: Sequence[NDArray[np.uint8]]
+    texts: Sequence[str] = ()
+    embeddings_T: Sequence[NDArray[np.float16]] = ()
 
     def to_table(self) -> pa.Table:
         """One row."""
-        lists = {"keys": self.keys, "labels": self.labels, "positions": self.positions}
-        return _table(self.SCHEMA, _account(self) | lists, {"images": self.images_N})
+        values = _account(self) | {
+            "samples": vars(self.samples),
+            "decode_s": self.decode_s,
+            "texts": self.texts,
+        }
+        return _table(self.SCHEMA, values, {"images_N": self.images_N, "embeddings_T": self.embeddings_T})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "DecodedUnit":
         """The unit of a table of one row; the images are views of the table's memory, not to be written."""
-        row = table.drop_columns(["images"]).to_pylist()[0]
-        unit, rejected = _unit(row.pop("unit")), [Rejected(**r) for r in row.pop("rejected")]
-        return cls(unit=unit, rejected=rejected, images_N=_unpack(table["images"], np.uint8), **row)
+        arrays = ("images_N", "embeddings_T")
+        return cls(
+            **_values(table, without=arrays),
+            images_N=_unpack(table["images_N"], np.uint8),
+            embeddings_T=_unpack(table["embeddings_T"], np.float16),
+        )
 
 
 @dataclass(frozen=True)
@@ -123,52 +186,66 @@ class EncoderTrace:
 
 @dataclass(frozen=True)
 class EncodedUnit:
-    """A unit with its moments: means_N and stds_N are float16 (C, h, w), of any bucket's size each."""
+    """A unit with its latents, float16 (C, h, w) as stored, of any bucket's size each.
+
+    means_N, stds_N: in the order of `DecodedUnit.images_N`; mirrored_means_N, mirrored_stds_N: the
+    same of the mirrored images, or empty. texts and embeddings_T: the distinct captions and, each
+    float16 (tokens, D), what the text encoder made of them.
+    """
 
     SCHEMA: ClassVar[pa.Schema] = pa.schema(
         [
-            ("unit", _UNIT),
-            ("num_inputs", pa.int64()),
-            ("rejected", _REJECTED),
-            ("keys", pa.list_(TEXT)),
-            ("labels", pa.list_(pa.int32())),
+            *_ACCOUNT,
+            ("samples", _COLUMNS),
             ("stats", _STATS),
+            ("decode_s", pa.float64()),
             ("trace", _TRACE),
-            ("means", _ARRAYS),
-            ("stds", _ARRAYS),
+            ("texts", pa.list_(TEXT)),
+            *((name, _ARRAYS) for name in ARRAYS_OF_ENCODED),
         ]
     )
 
     unit: Unit
     num_inputs: int
     rejected: Sequence[Rejected]
-    keys: Sequence[str]
-    labels: Sequence[int | None]
+    samples: SampleColumns
     stats: StoredStats | None
+    decode_s: float
     trace: EncoderTrace
     means_N: Sequence[NDArray[np.float16]]
     stds_N: Sequence[NDArray[np.float16]]
+    mirrored_means_N: Sequence[NDArray[np.float16]] = ()
+    mirrored_stds_N: Sequence[NDArray[np.float16]] = ()
+    texts: Sequence[str] = ()
+    embeddings_T: Sequence[NDArray[np.float16]] = ()
 
     def to_table(self) -> pa.Table:
         """One row."""
-        stats = None if self.stats is None else self.stats.model_dump()
-        values: Row = {"keys": self.keys, "labels": self.labels, "stats": stats, "trace": asdict(self.trace)}
-        return _table(self.SCHEMA, _account(self) | values, {"means": self.means_N, "stds": self.stds_N})
+        values = _account(self) | {
+            "samples": vars(self.samples),
+            "stats": None if self.stats is None else self.stats.model_dump(),
+            "decode_s": self.decode_s,
+            "trace": asdict(self.trace),
+            "texts": self.texts,
+        }
+        return _table(self.SCHEMA, values, {name: getattr(self, name) for name in ARRAYS_OF_ENCODED})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "EncodedUnit":
         """The unit of a table of one row."""
-        row = table.drop_columns(["means", "stds"]).to_pylist()[0]
-        stats = row.pop("stats")
-        return cls(
-            unit=_unit(row.pop("unit")),
-            rejected=[Rejected(**r) for r in row.pop("rejected")],
-            stats=None if stats is None else StoredStats(**stats),
-            trace=EncoderTrace(**row.pop("trace")),
-            means_N=_unpack(table["means"], np.float16),
-            stds_N=_unpack(table["stds"], np.float16),
-            **row,
-        )
+        values = _values(table, without=ARRAYS_OF_ENCODED)
+        stats, trace = values.pop("stats"), EncoderTrace(**values.pop("trace"))
+        arrays: dict[str, Any] = {name: _unpack(table[name], np.float16) for name in ARRAYS_OF_ENCODED}
+        return cls(**values, stats=None if stats is None else StoredStats(**stats), trace=trace, **arrays)
+
+
+def _values(table: pa.Table, without: Sequence[str]) -> dict[str, Any]:
+    """The row of a table of one row, apart from its arrays."""
+    row: dict[str, Any] = table.drop_columns(list(without)).to_pylist()[0]
+    row["unit"] = _unit(row["unit"])
+    row["rejected"] = [Rejected(**rejected) for rejected in row["rejected"]]
+    row["samples"] = SampleColumns(**row["samples"])
+    return row
 
 
 def _account(unit: DecodedUnit | EncodedUnit) -> Row:

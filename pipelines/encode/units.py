@@ -4,14 +4,14 @@ Everything here is a pure function of the input and the unit size: which units a
 they are called, and what is left to do follow from the shard's name, version and samples alone.
 """
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ldm.errors import BadSampleError
 from pipelines.shards import Sample, Shard
+from pipelines.unit_ids import unit_id
 
-__all__ = ["Unit", "UnitSamples", "parse_unit_id", "slice_units", "unit_family", "unit_id"]
+__all__ = ["Unit", "UnitSamples", "slice_units"]
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,6 @@ class UnitSamples:
     def num_inputs(self) -> int:
         """Inputs to account for: every sample, and one for a damage (what it hid cannot be counted)."""
         return len(self.samples) + (self.damage is not None)
-
-
-def unit_family(shard: Shard, unit_size: int) -> str:
-    """What the ids of all units of a shard begin with: ``<shard name>-<8 hex digits>``.
-
-    The digits cover the shard's version and the unit size, so that an edited shard, or a run with
-    units of another size, never takes the name of what is already committed.
-    """
-    text = "\x1f".join((shard.name, shard.version, str(unit_size)))
-    return f"{shard.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def unit_id(shard: Shard, unit_size: int, index: int) -> str:
-    """Name of one unit, and of every file that comes from it."""
-    return f"{unit_family(shard, unit_size)}-{index:06d}"
-
-
-def parse_unit_id(identifier: str) -> tuple[str, str, int]:
-    """(shard name, family, index) of a unit id. ValueError where it is none."""
-    family, _, index = identifier.rpartition("-")
-    name, _, digest = family.rpartition("-")
-    if not name or len(digest) != 8 or not index.isdecimal():
-        raise ValueError(f"{identifier!r} is not <shard name>-<8 hex digits>-<index>")
-    return name, family, int(index)
 
 
 def slice_units(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from ldm.errors import BadSampleError
 from ldm.images import decode_image
-from ldm.latents import keyed_seed
+from ldm.seeds import keyed_seed
 from pipelines.shards import Shard, list_shards, read_samples
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.latents import Moments, keyed_normal, keyed_seed
+from ldm.latents import Moments, keyed_normal
+from ldm.seeds import keyed_seed
 from pipelines.dataset import LatentDataset
 from pipelines.latent_table import read_latents
 
@@ -51,7 +52,7 @@ def load_rows(dataset: LatentDataset) -> LatentRows:
     sizes are in the dataset.
     """
     parts = []
-    for entry in dataset.manifest().to_pylist():
+    for entry in dataset.derived().manifest.to_pylist():
         try:
             data = dataset.filesystem.cat_file(dataset.path(entry["path"]))
         except FileNotFoundError as error:
@@ -66,15 +67,15 @@ def load_rows(dataset: LatentDataset) -> LatentRows:
         parts.append(read_latents(io.BytesIO(data)))
     if not parts:
         raise UserError(f"latent dataset {dataset.url} has no rows", do="see its quarantine folder")
-    shapes = {part.mean_NChw.shape[1:] for part in parts}
+    shapes = {part.moments.mean_NChw.shape[1:] for part in parts}
     if len(shapes) > 1:
         raise UserError(f"latents of several sizes in {dataset.url}: {sorted(shapes)}", allowed="one size")
     labels = [-1 if label is None else label for part in parts for label in part.labels]
     return LatentRows(
         tuple(key for part in parts for key in part.keys),
         np.array(labels, np.int64),
-        np.concatenate([part.mean_NChw for part in parts]),
-        np.concatenate([part.std_NChw for part in parts]),
+        np.concatenate([part.moments.mean_NChw for part in parts]),
+        np.concatenate([part.moments.std_NChw for part in parts]),
     )
 
 

@@ -20,8 +20,9 @@ from ldm.checkpoint import CheckpointInfo
 from ldm.conditioning import ClassConditioner, Conditioning, drop
 from ldm.ema import averaged
 from ldm.errors import UserError
-from ldm.latents import Whitening, keyed_normal, keyed_seed
+from ldm.latents import Whitening, keyed_normal
 from ldm.objective import NoiseSchedule, diffusion_loss, min_snr_weight
+from ldm.seeds import keyed_seed
 from pipelines.dataset import LatentDataset
 from pipelines.train.loader import LatentBatch, batches, check_batch_size, load_rows
 from pipelines.train.progress import Progress, quiet_ray_train, stop_on_nan
@@ -82,7 +83,7 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
     header = dataset.header
     vae_model = autoencoder.load(vae or header.vae)
     checkpoint.check_vae(vae_model, header.vae_fingerprint, f"latent dataset {dataset.url}")
-    side = header.preprocess.size_px // header.f
+    side = header.preprocess.sizes_px[0] // header.f
     model = _build(config, (header.channels, side, side), header.class_names)
     multiple = unet.size_multiple(model)
     if side % multiple:
@@ -94,11 +95,11 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
         raise UserError(
             f"a batch of {config.batch_size} cannot be shared by {config.num_workers} workers evenly"
         )
-    stats = dataset.stats()
-    if stats is None:
+    derived = dataset.derived()
+    if derived.stats is None:
         raise UserError(f"latent dataset {dataset.url} has no rows", do="see its quarantine folder")
-    check_batch_size(dataset.totals().rows, config.batch_size)
-    whitening = Whitening.from_stats(stats) if config.whitening == "data" else vae_model.whitening
+    check_batch_size(derived.totals.rows, config.batch_size)
+    whitening = Whitening.from_stats(derived.stats) if config.whitening == "data" else vae_model.whitening
     return CheckpointInfo(
         step=0,
         latent_shape=(header.channels, side, side),

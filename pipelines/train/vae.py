@@ -46,7 +46,7 @@ class VaeTraining(CropConfig):
     batch_size: PositiveInt = Field(8, description="crops per step over all workers")
     loss: Literal["l1", "mse"] = "mse"
     kl_weight: NonNegativeFloat = Field(1e-3, description="of the KL per pixel value, in nats")
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 1.5e-4
     warmup_steps: PositiveInt = 100
     ema_decay: float = Field(0.999, ge=0, lt=1)
     clip_norm: PositiveFloat = 1.0

@@ -54,7 +54,7 @@ BAD = [
     ("encode {photos} {out} --vae {missing}", "no VAE at"),
     ("encode {photos} {out} --vae {empty}", "has no config.json"),
     ("encode {photos} {out} --vae {no_weights}", "has no weights"),
-    ("encode {photos} {out} --vae {vae} --preprocess.size-px 30", "multiples of 4"),
+    ("encode {photos} {out} --vae {vae} --preprocess.sizes-px 30", "multiples of 4"),
     ("encode {photos} {out} --vae nobody/such-vae", "the model hub cannot be reached"),
     ("stats {missing}", "no such latent dataset"),
     ("stats {empty}", "it has no dataset.json"),
@@ -76,7 +76,7 @@ BAD = [
     ("evaluate recon {missing} --vae {vae} --pictures {out}", "no such input"),
     ("evaluate recon {empty} --vae {vae} --pictures {out}", "no shards in"),
     ("evaluate recon {photos} --vae {no_weights} --pictures {out}", "has no weights"),
-    ("evaluate recon {photos} --vae {vae} --preprocess.size-px 30 --pictures {out}", "multiples of 4"),
+    ("evaluate recon {photos} --vae {vae} --preprocess.sizes-px 30 --pictures {out}", "multiples of 4"),
     ("evaluate recon {photos} --vae nobody/such-vae --pictures {out}", "the model hub cannot be reached"),
     ("sample {missing} --out {out}", "is no checkpoint"),
     ("sample {empty} --out {out}", "is no checkpoint"),
@@ -137,7 +137,7 @@ def test_encoding_into_a_dataset_of_another_vae_leaves_it_as_it_is(
 ) -> None:
     write_latents(there["out"], class_names=None)
     before = {path: path.read_bytes() for path in there["out"].rglob("*") if path.is_file()}
-    command = "encode {photos} {out} --vae {other} --preprocess.size-px 32 --unit-size 8"
+    command = "encode {photos} {out} --vae {other} --preprocess.sizes-px 32 --unit-size 8"
     status = cli.main(command.format(**there).split())
     assert_refused(
         command, "holds latents of another kind (vae_fingerprint: ", status, capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_encoding_into_a_dataset_of_another_vae_leaves_it_as_it_is(
 def test_evaluating_shards_without_a_usable_image(
     there: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = "evaluate recon {no_image} --vae {vae} --preprocess.size-px 32 --pictures {out}"
+    command = "evaluate recon {no_image} --vae {vae} --preprocess.sizes-px 32 --pictures {out}"
     status = cli.main(command.format(**there).split())
     assert_refused(command, "none of 1 images can be read", status, capsys.readouterr().err)
     assert not there["out"].exists()

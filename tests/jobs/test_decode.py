@@ -40,7 +40,7 @@ def test_row_of_a_dataset_is_decoded_with_the_datasets_own_vae(
 ) -> None:
     DecodeJob(latent=f"{latent_folder}#k11", out=tmp_path / "image.png").run()
     rows = read_latents(str(latent_folder / "data/32x32/unit-000001.parquet"))
-    expected = decoded(vae_folder, rows.mean_NChw[rows.keys.index("k11")])
+    expected = decoded(vae_folder, rows.moments.mean_NChw[rows.keys.index("k11")])
     np.testing.assert_array_equal(pixels(tmp_path / "image.png"), expected)
 
 

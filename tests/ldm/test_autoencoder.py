@@ -369,7 +369,7 @@ def test_cut_off_weights_are_told(folder: Path, num_bytes: int) -> None:
 
 def test_a_url_without_a_vae_is_told() -> None:
     assert "cannot read VAE 'memory://nowhere'" in refusal("memory://nowhere")
-    assert "cannot read VAE 'nothing://x/y'" in refusal("nothing://x/y")
+    assert "cannot use nothing://x/y" in refusal("nothing://x/y")
 
 
 def test_a_hub_that_is_switched_off_is_told() -> None:

@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.latents import LatentStats, Moments, Whitening, keyed_normal, keyed_seed
+from ldm.latents import LatentStats, Moments, Whitening, keyed_normal
+from ldm.seeds import keyed_seed
 
 
 def moments(num_images: int, *, seed: int = 0, offset: float = 0.0) -> Moments:

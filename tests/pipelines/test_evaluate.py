@@ -9,13 +9,13 @@ import torch
 
 from ldm.autoencoder import load
 from ldm.image_tensors import from_model, to_model
-from ldm.images import Preprocess
 from ldm.latents import LatentStats, Moments
 from ldm.metrics import reconstruction_quality
+from ldm.preprocess import Preprocess
 from pipelines.evaluate import EvaluatePool, ReconReport, Reconstruction, reconstruct
 from pipelines.shards import Sample, write_tar
 
-PREPROCESS = Preprocess(size_px=32)
+PREPROCESS = Preprocess(sizes_px=(32,))
 REASONS = {"text": "not_an_image", "none": "no_image", "b.tar": "broken_tar"}
 
 
@@ -50,7 +50,7 @@ def test_on_ray_as_in_one_process(
     autoencoder = load(vae_folder)
     moments: list[Moments] = []
     for index, got in enumerate(report.images):
-        original = PREPROCESS(photo(index))
+        original = PREPROCESS.views(photo(index), f"k{index}")[0]
         image = to_model(np.stack([original]))
         moments.append(autoencoder.encode(image))
         decoded = autoencoder.decode(moments[-1].mean_BChw)

@@ -17,18 +17,20 @@ from jobs.stats import StatsJob
 from ldm.autoencoder import load
 from ldm.errors import UserError
 from ldm.image_tensors import to_model
-from ldm.images import Preprocess
-from pipelines.dataset import DatasetHeader, LatentDataset
+from ldm.preprocess import Preprocess
+from pipelines.dataset import LatentDataset
+from pipelines.dataset_records import DatasetHeader
 from pipelines.encode.backlog import find_backlog
-from pipelines.encode.pipeline import encoded_units
-from pipelines.encode.pools import ActorPool, TaskPool
-from pipelines.latent_table import LatentRows, read_latents
+from pipelines.encode.decode import Judge
+from pipelines.encode.pipeline import vae_stage, written_units
+from pipelines.encode.pools import EncoderPool, TaskPool
+from pipelines.latent_table import LatentRows, MomentArrays, read_latents
 from pipelines.shards import Sample, list_shards, write_tar
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 Photo = Callable[[int], bytes]
-PREPROCESS = Preprocess(size_px=32)
+PREPROCESS = Preprocess(sizes_px=(32,))
 
 
 def labelled(key: str, image: bytes | None, label: object = 0) -> Sample:
@@ -83,22 +85,28 @@ GOOD_KEYS = [f"g{i}" for i in range(10)] + ["first", "twice", "between", "unlabe
 
 
 def job(corpus: Path, out: Path, vae: Path, **options: object) -> EncodeJob:
-    values = {"preprocess": PREPROCESS, "unit_size": 4, "micro_batch": 3, **options}
+    values = {"preprocess": PREPROCESS, "unit_size": 4, "encoder": EncoderPool(micro_batch=3), **options}
     return EncodeJob(input=str(corpus), output=str(out), vae=str(vae), **values)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Everything that a dataset is, apart from who wrote it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "writers")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def stored(dataset: LatentDataset) -> LatentRows:
     """All rows in manifest order."""
-    parts = [read_latents(dataset.path(row["path"])) for row in dataset.manifest().to_pylist()]
+    parts = [read_latents(dataset.path(row["path"])) for row in dataset.derived().manifest.to_pylist()]
     return LatentRows(
         [key for part in parts for key in part.keys],
         [label for part in parts for label in part.labels],
-        np.concatenate([part.mean_NChw for part in parts]),
-        np.concatenate([part.std_NChw for part in parts]),
+        [caption for part in parts for caption in part.captions],
+        [extra for part in parts for extra in part.extras],
+        MomentArrays(
+            np.concatenate([part.moments.mean_NChw for part in parts]),
+            np.concatenate([part.moments.std_NChw for part in parts]),
+        ),
     )
 
 
@@ -117,7 +125,7 @@ def encoded(
 
 def test_every_input_is_a_row_or_in_quarantine(encoded: Path) -> None:
     dataset = LatentDataset.open(encoded)
-    totals = dataset.totals()
+    totals = dataset.derived().totals
     assert totals.inputs == totals.rows + sum(totals.quarantined.values()) == 10 + 10 + 1
     assert stored(dataset).keys == GOOD_KEYS
     assert stored(dataset).labels == [0, 1] * 5 + [0, 0, 0, None]
@@ -141,18 +149,18 @@ def test_quarantine_names_key_source_position_and_reason(encoded: Path) -> None:
 
 def test_moments_are_those_of_a_direct_encode(encoded: Path, vae_folder: Path, photo: Photo) -> None:
     rows = stored(LatentDataset.open(encoded))
-    images = np.stack([PREPROCESS(photo(seed)) for seed in (*range(10), 11, 12, 13, 17)])
+    images = np.stack([PREPROCESS.views(photo(seed), "")[0] for seed in (*range(10), 11, 12, 13, 17)])
     direct = load(vae_folder).encode(to_model(images))
     # Half a unit in the last place of fp16, and what the batch size changes in fp32.
-    for got, want in ((rows.mean_NChw, direct.mean_BChw), (rows.std_NChw, direct.std_BChw)):
+    for got, want in ((rows.moments.mean_NChw, direct.mean_BChw), (rows.moments.std_NChw, direct.std_BChw)):
         torch.testing.assert_close(torch.from_numpy(got).float(), want, rtol=2**-11 * 1.01, atol=1e-6)
 
 
 def test_statistics_are_those_of_the_stored_rows(encoded: Path) -> None:
     dataset = LatentDataset.open(encoded)
-    rows, stats = stored(dataset), dataset.stats()
+    rows, stats = stored(dataset), dataset.derived().stats
     assert stats is not None
-    mean, std = rows.mean_NChw.astype(np.float64), rows.std_NChw.astype(np.float64)
+    mean, std = rows.moments.mean_NChw.astype(np.float64), rows.moments.std_NChw.astype(np.float64)
     expected_std = np.sqrt(mean.var(axis=(0, 2, 3)) + (std**2).mean(axis=(0, 2, 3)))
     np.testing.assert_allclose(stats.mean_C, mean.mean(axis=(0, 2, 3)), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(stats.std_C, expected_std, rtol=1e-12)
@@ -164,7 +172,7 @@ def test_another_run_gives_the_same_bytes(
     encoded: Path, corpus: Path, vae_folder: Path, tmp_path: Path
 ) -> None:
     # Two actors on a logical GPU each: who encodes a unit must not show in it.
-    pool = ActorPool(num_cpus=0.5, num_gpus=1, min_size=2, max_size=2)
+    pool = EncoderPool(num_cpus=0.5, num_gpus=1, min_size=2, max_size=2, micro_batch=3)
     job(corpus, tmp_path / "again", vae_folder, encoder=pool).run()
     assert tree(tmp_path / "again") == tree(encoded)
 
@@ -205,17 +213,54 @@ def test_another_vae_is_refused_and_changes_nothing(
     assert tree(encoded) == before
 
 
-def test_an_edited_shard_is_refused(encoded: Path, corpus: Path, vae_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(corpus, tmp_path / "in")
-    (tmp_path / "in/good.tar").write_bytes((corpus / "good.tar").read_bytes() + b"\0" * 512)
-    before = tree(encoded)
-    with pytest.raises(UserError, match="shard good has changed"):
-        job(tmp_path / "in", encoded, vae_folder).run()
-    assert tree(encoded) == before
+def test_an_edited_shard_is_encoded_again_and_an_added_one_added(
+    encoded: Path, corpus: Path, vae_folder: Path, tmp_path: Path, photo: Photo
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(corpus, source)
+    shutil.copytree(encoded, out)
+    write_tar(source / "good.tar", [labelled(f"new{i}", photo(i)) for i in range(5)])
+    write_tar(source / "added.tar", [labelled("added", photo(30))])
+    summary = job(source, out, vae_folder).run()
+    assert (summary["units_done"], summary["units_skipped"]) == (2 + 1, 3)
+    assert (summary["retired_shards"], summary["removed_shards"]) == (("good",), ())
+    kept = [key for key in GOOD_KEYS if not key.startswith("g")]
+    assert sorted(stored(LatentDataset.open(out)).keys) == sorted(
+        [*kept, *(f"new{i}" for i in range(5)), "added"]
+    )
+    # Taken back, the first version counts again, and nothing is encoded.
+    (source / "added.tar").unlink()
+    shutil.copy2(corpus / "good.tar", source / "good.tar")
+    again = job(source, out, vae_folder).run()
+    assert (again["units_done"], again["retired_shards"], again["removed_shards"]) == (
+        0,
+        ("good",),
+        ("added",),
+    )
+    assert sorted(stored(LatentDataset.open(out)).keys) == sorted([*GOOD_KEYS, "added"])
+
+
+def test_old_rows_count_until_the_new_version_is_whole(
+    encoded: Path, corpus: Path, vae_folder: Path, tmp_path: Path, photo: Photo
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(corpus, source)
+    shutil.copytree(encoded, out)
+    bad = [labelled(f"bad{i}", b"no image") for i in range(30)]
+    write_tar(source / "good.tar", [*[labelled(f"new{i}", photo(i)) for i in range(5)], *bad])
+    # Half of all inputs are bad: the run fails at its end, with all units committed but the version not.
+    with pytest.raises(UserError, match=r"30 of 35 inputs cannot be encoded.*good\.tar#bad0: not_an_image"):
+        job(source, out, vae_folder).run()
+    assert stored(LatentDataset.open(out)).keys == GOOD_KEYS
+    job(source, out, vae_folder, max_bad_share=1.0).run()
+    assert [key for key in stored(LatentDataset.open(out)).keys if key.startswith("new")]
 
 
 def test_too_small_a_cluster_is_refused(corpus: Path, vae_folder: Path, tmp_path: Path) -> None:
-    for pool, said in ((ActorPool(num_cpus=64), "needs 65 CPUs"), (ActorPool(num_gpus=8), "needs 8 GPUs")):
+    for pool, said in (
+        (EncoderPool(num_cpus=64), "needs 65 CPUs"),
+        (EncoderPool(num_gpus=8), "needs 8 GPUs"),
+    ):
         with pytest.raises(UserError, match=said):
             job(corpus, tmp_path / "out", vae_folder, encoder=pool).run()
     assert not (tmp_path / "out").exists()
@@ -224,18 +269,24 @@ def test_too_small_a_cluster_is_refused(corpus: Path, vae_folder: Path, tmp_path
 def test_stages_are_not_fused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ray Data would otherwise decode inside the VAE actors when both want one CPU."""
     header = DatasetHeader(vae="", vae_fingerprint="", f=4, channels=3, preprocess=PREPROCESS, unit_size=4)
-    backlog = find_backlog(list_shards(corpus), LatentDataset.create_or_check(tmp_path, header))
-    encoded_units(header, backlog, "", 1, TaskPool(), ActorPool()).explain()
+    dataset = LatentDataset.create_or_check(tmp_path, header)
+    backlog = find_backlog(list_shards(corpus), dataset)
+    stage = vae_stage(header, "", EncoderPool())
+    written_units(dataset, backlog, Judge(PREPROCESS), TaskPool(), stage).explain()
     plan = capsys.readouterr().out
-    assert {"ReadShards", "MapBatches(_decode_row)", "MapBatches(UnitEncoder)"} <= set(
-        re.findall(r"[\w()]+", plan)
-    )
+    stages = {
+        "ReadShards",
+        "MapBatches(_decode_row)",
+        "MapBatches(UnitEncoder)",
+        "MapBatches(_write_row)",
+    }
+    assert stages <= set(re.findall(r"[\w()]+", plan))
     assert "->" not in plan
 
 
 def test_size_must_be_a_multiple_of_f(corpus: Path, vae_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="multiples of 4"):
-        job(corpus, tmp_path / "out", vae_folder, preprocess=Preprocess(size_px=30)).run()
+        job(corpus, tmp_path / "out", vae_folder, preprocess=Preprocess(sizes_px=(30,))).run()
     assert not (tmp_path / "out").exists()
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from ldm.errors import BadSampleError
-from pipelines.encode.units import parse_unit_id, slice_units, unit_id
+from pipelines.encode.units import slice_units
 from pipelines.shards import Sample, Shard
+from pipelines.unit_ids import parse_unit_id, unit_id
 
 SHARD = Shard("file:///in/a-b.tar", "a-b", "12-34")
 

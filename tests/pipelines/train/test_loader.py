@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.latents import keyed_normal, keyed_seed
+from ldm.latents import keyed_normal
+from ldm.seeds import keyed_seed
 from pipelines.dataset import LatentDataset
 from pipelines.train.loader import LatentBatch, LatentRows, batches, load_rows, row_order
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ldm import unet
 from ldm.checkpoint import CheckpointInfo, read_info
 from ldm.errors import UserError
-from ldm.latents import keyed_normal, keyed_seed
+from ldm.latents import keyed_normal
+from ldm.seeds import keyed_seed
 from pipelines.dataset import LatentDataset
 from pipelines.train.loader import LatentBatch, batches, load_rows
 from pipelines.train.unet import METRICS_FILE, UnetTraining, fit, loss_of, plan
@@ -161,7 +162,7 @@ def test_without_classes_the_model_is_unconditional(
 
 def test_plan_says_what_the_checkpoint_will(dataset: LatentDataset, vae_folder: Path) -> None:
     info = plan(dataset, training(), None)
-    stats = dataset.stats()
+    stats = dataset.derived().stats
     assert stats is not None
     assert (info.shift, info.scale) == (stats.mean_C, stats.std_C)
     assert (info.latent_shape, info.class_names, info.step) == ((3, 8, 8), ("cat", "dog"), 0)

@@ -1,0 +1,203 @@
+"""SIGKILL of driver, workers and cluster at random moments: the end is as if nothing had happened."""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.shards import Sample, write_tar
+
+DRIVER = Path(__file__).with_name("drive_encode.py")
+NUM_SHARDS, SAMPLES, UNIT_SIZE, ENCODERS = 6, 40, 8, 2
+NUM_UNITS = NUM_SHARDS * SAMPLES // UNIT_SIZE
+# What a process is called, by what it does. Ray titles its workers by their running task.
+WORKERS = {
+    "encoder": "ray::MapWorker(MapBatches(EmulatedEncoder))",
+    "decoder": "_decode_row",
+    "writer": "_write_row",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An input, and what an undisturbed run makes of it."""
+
+    source: Path
+    expected: dict[str, bytes]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Everything that a dataset is, apart from who wrote it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "writers")
+    # A killed writer leaves a hidden partial file, never one under a final name.
+    files = (path for path in files if not path.name.endswith(".partial"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def drive(
+    corpus: Path, out: Path, address: str, *, seconds: float = 0.0, marker: str = ""
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        str(DRIVER),
+        str(corpus),
+        str(out),
+        address,
+        str(out) + ".log",
+        str(seconds),
+        marker,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(DRIVER.parents[2])}
+    return subprocess.Popen(
+        command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> list[int]:
+    """(units done, units skipped) of a driver that must succeed."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    # Ray may have logged to the same stream before.
+    return [int(word) for word in out.splitlines()[-1].split()]
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster: None) -> str:
+    """Of the session's cluster, so that a killed driver costs no cluster."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, photo: Callable[[int], bytes], address: str) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    for shard in range(NUM_SHARDS):
+        keys = range(shard * SAMPLES, (shard + 1) * SAMPLES)
+        # Every ninth sample is bad, so that quarantine has to survive too.
+        images = [b"no image" if key % 9 == 0 else photo(key % 16) for key in keys]
+        write_tar(
+            folder / f"s{shard}.tar", [Sample(f"{k:04d}", i) for k, i in zip(keys, images, strict=True)]
+        )
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert finish(drive(folder, out, address)) == [NUM_UNITS, 0]
+    return Corpus(folder, tree(out))
+
+
+def committed(out: Path) -> int:
+    return len(list(out.glob("commits/*.json")))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60.0) -> bool:
+    """Until the condition holds (True) or the driver has ended (False)."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.02)
+    return True
+
+
+def worker_of(kind: str) -> psutil.Process | None:
+    """A process of the session's cluster that is doing this kind of work."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if WORKERS[kind] in " ".join(process.cmdline()):
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
+def kill(kind: str, driver: subprocess.Popen[str]) -> bool:
+    """SIGKILL one process; False where there is none of its kind now."""
+    if kind == "driver":
+        driver.kill()
+        driver.communicate(timeout=30)
+        return True
+    victim = worker_of(kind)
+    if victim is None:
+        return False
+    victim.kill()
+    return True
+
+
+def repeats(out: Path) -> int:
+    """Units encoded more than once, as the encoders themselves wrote it down."""
+    begun = Counter(line.split()[2] for line in Path(f"{out}.log").read_text().splitlines())
+    return sum(begun.values()) - len(begun)
+
+
+def run_with_kills(corpus: Corpus, out: Path, address: str, kinds: list[str], rng: random.Random) -> int:
+    """Drive to the end, killing on the way; returns how many kills hit."""
+    kills = 0
+    driver = drive(corpus.source, out, address, seconds=0.02)
+    while kinds:
+        kind, seen = kinds.pop(), committed(out)
+        alive = wait_for(lambda seen=seen: committed(out) > min(seen, NUM_UNITS - 1), driver)
+        time.sleep(rng.uniform(0, 0.3))
+        if alive:
+            kills += kill(kind, driver)
+        if driver.poll() is not None:
+            driver.communicate()
+            driver = drive(corpus.source, out, address, seconds=0.02)
+            if committed(out) == NUM_UNITS:
+                break
+    finish(driver)
+    return kills
+
+
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(
+    corpus: Corpus, address: str, tmp_path: Path
+) -> None:
+    kinds = ["decoder", "driver", "encoder", "writer", "encoder", "driver", "encoder"]
+    kills = run_with_kills(corpus, tmp_path / "out", address, kinds, random.Random(0))
+    assert kills >= 4
+    assert tree(tmp_path / "out") == corpus.expected
+    # A kill costs what was being encoded, and what a killed driver had not seen written yet.
+    assert repeats(tmp_path / "out") <= kills * 2 * ENCODERS
+
+
+def test_killed_between_data_and_commit(corpus: Corpus, address: str, tmp_path: Path) -> None:
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    assert finish(drive(corpus.source, out, address, marker=str(marker))) == [NUM_UNITS, 0]
+    assert marker.exists()
+    assert tree(out) == corpus.expected
+
+
+def test_killed_with_its_whole_cluster(corpus: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    driver = drive(corpus.source, out, "local", seconds=0.05)
+    assert wait_for(lambda: committed(out) >= 3, driver)
+    for process in [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    driver.communicate(timeout=30)
+    done = committed(out)
+    assert 3 <= done < NUM_UNITS
+    assert finish(drive(corpus.source, out, "local")) == [NUM_UNITS - done, done]
+    assert tree(out) == corpus.expected
+
+
+@pytest.mark.faults_long
+@pytest.mark.timeout(7200)
+def test_200_kills(corpus: Corpus, address: str, tmp_path: Path) -> None:
+    rng, kills, run = random.Random(1), 0, 0
+    while kills < 200:
+        out = tmp_path / f"out{run}"
+        kinds = rng.choices(["driver", "encoder", "decoder", "writer"], weights=[1, 3, 2, 2], k=12)
+        mine = run_with_kills(corpus, out, address, kinds, rng)
+        assert tree(out) == corpus.expected
+        assert repeats(out) <= mine * 2 * ENCODERS
+        kills, run = kills + mine, run + 1
+    print(f"{kills} kills in {run} runs")

@@ -16,7 +16,7 @@ from pipelines.storage_form import StorageForm
 from pipelines.text_config import TextConfig
 
 if TYPE_CHECKING:
-    from ldm.autoencoder import Autoencoder
+    from ldm.vae_identity import VaeIdentity
     from pipelines.dataset import LatentDataset
     from pipelines.dataset_records import DatasetHeader, TextRecord
     from pipelines.encode.backlog import Backlog
@@ -53,19 +53,19 @@ class EncodeJob(JobConfig):
 
     def run(self) -> dict[str, object]:
         """Encode what is not committed yet; returns what `pipelines.encode.report.EncodeSummary` holds."""
-        from ldm.autoencoder import load
+        from ldm.vae_identity import check_size, identify
         from pipelines.dataset import LatentDataset
         from pipelines.encode.backlog import find_backlog, require_image
         from pipelines.lease import writer_lease
         from pipelines.shards import list_shards
 
         # Everything that the user can have got wrong is found before anything is written.
-        autoencoder = load(self.vae)
+        vae = identify(self.vae)
         for height, width in self.preprocess.shapes():
-            autoencoder.check_size(height, width)
+            check_size(self.vae, vae.f, height, width)
         shards = list_shards(self.input, self.read)
         require_image(shards, self.preprocess, self.read)
-        header = self._header(autoencoder)
+        header = self._header(vae)
         with ExitStack() as stack:
             if find_backlog(shards, LatentDataset.check(self.output, header)).shards:
                 self._connect(stack, has_text=self.text.encoder is not None)
@@ -112,15 +112,15 @@ class EncodeJob(JobConfig):
             watch=watch,
         )
 
-    def _header(self, autoencoder: "Autoencoder") -> "DatasetHeader":
+    def _header(self, vae: "VaeIdentity") -> "DatasetHeader":
         from pipelines.class_names import read_class_names
         from pipelines.dataset_records import DatasetHeader
 
         return DatasetHeader(
             vae=self.vae,
-            vae_fingerprint=autoencoder.fingerprint,
-            f=autoencoder.f,
-            channels=autoencoder.channels,
+            vae_fingerprint=vae.fingerprint,
+            f=vae.f,
+            channels=vae.channels,
             form=self.form,
             preprocess=self.preprocess,
             input=self.read,

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, H and W pixels, C latent channels, h = H / f, w = W / f.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +17,7 @@ from ldm.errors import UserError
 from ldm.latents import Moments, Whitening
 from ldm.resampler_start import start_as_resampler
 from ldm.vae_files import default_names
+from ldm.vae_identity import check_size, fingerprint_of, spatial_factor
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,7 +61,7 @@ class Autoencoder:
         self.vae = vae.eval().requires_grad_(False)
         self.name = name or type(vae).__name__
         self.channels = int(vae.config["latent_channels"])
-        self.f = _spatial_factor(vae)
+        self.f = spatial_factor(vae.config)
 
     def to(
         self, device: str | torch.device, dtype: torch.dtype = torch.float32, *, channels_last: bool = True
@@ -106,12 +105,7 @@ class Autoencoder:
 
     def check_size(self, height: int, width: int) -> None:
         """UserError unless both sides (pixels) are positive multiples of f."""
-        if height <= 0 or width <= 0 or height % self.f or width % self.f:
-            raise UserError(
-                f"an image of {width}×{height} pixels does not fit VAE {self.name}",
-                allowed=f"sides that are multiples of {self.f}",
-                do=f"use {_round_up(width, self.f)}×{_round_up(height, self.f)}",
-            )
+        check_size(self.name, self.f, height, width)
 
     @cached_property
     def whitening(self) -> Whitening:
@@ -126,27 +120,10 @@ class Autoencoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over class, config and weights: equal for equal functions, wherever they lie.
-
-        Keys that do not change what the module computes (those that diffusers adds, and the scale
-        that the caller applies) stay out of it. Weights are read in the dtype that they have now,
-        as float32, so an fp16 file loaded as fp32 has the fingerprint of its own values.
-        """
-        ignored = (
-            "scaling_factor",
-            "shift_factor",
-            "latents_mean",
-            "latents_std",
-            "force_upcast",
-            "sample_size",
-        )
-        config = {k: v for k, v in self.vae.config.items() if not k.startswith("_") and k not in ignored}
-        digest = hashlib.sha256(type(self.vae).__name__.encode())
-        digest.update(json.dumps(config, sort_keys=True, default=list).encode())
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Of class, structure and weights, in the dtype that they have now (`ldm.vae_identity`)."""
+        weights = sorted(self.vae.state_dict().items())
+        arrays = ((n, tuple(t.shape), t.detach().float().contiguous().cpu().numpy()) for n, t in weights)
+        return fingerprint_of(type(self.vae).__name__, self.vae.config, arrays)
 
 
 def build(preset: str) -> "AutoencoderKL":
@@ -189,16 +166,3 @@ def load(source: str | Path) -> Autoencoder:
     """
     name = str(source)
     return Autoencoder(vae_files.read(name), name)
-
-
-def _spatial_factor(vae: "DiffusersVae") -> int:
-    """Pixels per latent along one side, from the config of any of the three classes."""
-    config = vae.config
-    if "block_out_channels" in config and "down_block_types" in config:
-        return int(2 ** (len(config["block_out_channels"]) - 1))
-    blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return int(2 ** (len(blocks) - 1))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return max(multiple, -(-value // multiple) * multiple)

@@ -2,11 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
-
-import torch
 
 from ldm import hub, storage
 from ldm.errors import UserError
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     DiffusersVae: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
-__all__ = ["ASSETS", "default_names", "read"]
+__all__ = ["ASSETS", "default_names", "local_folder", "read", "read_config", "weight_files"]
 
 ASSETS = Path(__file__).parent / "assets"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
@@ -30,19 +29,24 @@ def default_names() -> list[str]:
 
 def read(name: str) -> "DiffusersVae":
     """The VAE that `ldm.autoencoder.load` knows by ``name``, in fp32 on the CPU; UserError as there."""
-    if name in default_names():
-        return _from_folder(ASSETS / name, name)
+    with local_folder(name) as folder:
+        return _load_class(folder, name)
+
+
+@contextmanager
+def local_folder(name: str) -> Iterator[Path]:
+    """The folder with ``config.json`` of a VAE, as long as the block runs; fetched where it is not local."""
     if "://" in name:
         with tempfile.TemporaryDirectory() as local:
             _fetch(name, Path(local))
-            return _from_folder(Path(local), name)
-    folder = Path(name).expanduser()
-    if folder.exists() or not hub.is_hub_id(name):
-        return _from_folder(folder, name)
-    return _from_hub(name)
+            yield _with_config(Path(local), name)
+        return
+    folder = ASSETS / name if name in default_names() else Path(name).expanduser()
+    is_hub_id = not folder.exists() and hub.is_hub_id(name)
+    yield _with_config(_from_hub(name) if is_hub_id else folder, name)
 
 
-def _from_folder(folder: Path, name: str) -> "DiffusersVae":
+def _with_config(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         choices = [*default_names(), "a diffusers folder", "an fsspec URL or a hub id"]
         raise UserError(f"no VAE at {name!r}", allowed=", ".join(choices))
@@ -50,13 +54,14 @@ def _from_folder(folder: Path, name: str) -> "DiffusersVae":
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
         raise UserError(f"VAE folder {name!r} has no config.json", do="give a folder in diffusers' format")
-    return _load_class(folder, name)
+    return folder
 
 
 def _load_class(folder: Path, name: str) -> "DiffusersVae":
     import diffusers
+    import torch
 
-    class_name, variant = _class_name(folder, name), _variant(folder, name)
+    (class_name, _), variant = read_config(folder, name), _variant(folder, name)
     try:
         vae, report = getattr(diffusers, class_name).from_pretrained(
             folder,
@@ -79,7 +84,8 @@ def _load_class(folder: Path, name: str) -> "DiffusersVae":
     return loaded
 
 
-def _class_name(folder: Path, name: str) -> str:
+def read_config(folder: Path, name: str) -> tuple[str, dict[str, object]]:
+    """(class, config) of a VAE folder. UserError where it is none that can be used."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
@@ -87,7 +93,16 @@ def _class_name(folder: Path, name: str) -> str:
     class_name = config.get("_class_name") if isinstance(config, dict) else None
     if class_name not in CLASSES:
         raise UserError(f"VAE {name!r} is a {class_name}", allowed=", ".join(CLASSES))
-    return str(class_name)
+    return str(class_name), config
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files that diffusers would load."""
+    suffix = f".{variant}" if (variant := _variant(folder, name)) else ""
+    index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
+    if not index.is_file():
+        return [folder / f"{WEIGHTS}{suffix}.safetensors"]
+    return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
 def _variant(folder: Path, name: str) -> str | None:
@@ -103,13 +118,10 @@ def _variant(folder: Path, name: str) -> str | None:
     )
 
 
-def _from_hub(hub_id: str) -> "DiffusersVae":
+def _from_hub(hub_id: str) -> Path:
     files = ["config.json", f"{WEIGHTS}*.safetensors", f"{WEIGHTS}*.index*.json"]
     example = "a local folder in diffusers' format, such as ./sd-vae-ft-mse"
-    folder = hub.download(
-        hub_id, files + [f"vae/{file}" for file in files], kind="VAE", folder_example=example
-    )
-    return _from_folder(folder, hub_id)
+    return hub.download(hub_id, files + [f"vae/{file}" for file in files], kind="VAE", folder_example=example)
 
 
 def _fetch(url: str, local: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ldm.autoencoder import default_names
+from ldm.vae_files import default_names
 
 __all__ = ["on_every_node"]
 

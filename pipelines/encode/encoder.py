@@ -1,61 +1,29 @@
-"""The encoder stage: images of a unit → latents as stored, and their statistics; one VAE per actor."""
+"""Images of a unit → latents as stored, and their statistics."""
 
-import math
 import os
 import platform
 import time
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from ldm.autoencoder import load
-from ldm.errors import BadSampleError, UserError
+from ldm.errors import BadSampleError
 from ldm.latents import LatentStats, Moments, keyed_normal
 from ldm.seeds import keyed_seed
 from pipelines.dataset_records import StoredStats
-from pipelines.device import pick_device
-from pipelines.encode.attempts import Attempt, Register, attempt
+from pipelines.encode.attempts import Attempt
 from pipelines.encode.micro_batches import ImageEncoder
-from pipelines.encode.pools import EncoderPool
 from pipelines.encode.rows import DecodedUnit, EncodedUnit, EncoderTrace
 from pipelines.latent_table import Rejected
 from pipelines.storage_form import StorageForm, dequantise, quantise
 
-__all__ = ["UnitEncoder", "encode_unit", "stored_moments"]
+__all__ = ["encode_unit", "stored_moments"]
 
 FP16_MAX = float(torch.finfo(torch.float16).max)
 
 Latent = NDArray[np.float16]
-
-
-class UnitEncoder:
-    """The callable of the actor pool: loads the VAE once, then encodes one unit per call."""
-
-    def __init__(
-        self,
-        vae: str,
-        fingerprint: str,
-        form: StorageForm,
-        pool: EncoderPool,
-        register: Register,
-    ) -> None:
-        # Fixed, because the number of threads can change the last bits of a convolution.
-        torch.set_num_threads(max(1, math.floor(pool.num_cpus)))
-        autoencoder = load(vae)
-        # What lies under a path on this node need not be what the driver read there.
-        if autoencoder.fingerprint != fingerprint:
-            raise UserError(f"VAE {vae} on node {platform.node()} has other weights than on the driver")
-        self.encoder = ImageEncoder(autoencoder, pool, pick_device())
-        self.form, self.register = form, register
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """`DecodedUnit` row → `EncodedUnit` row."""
-        unit = DecodedUnit.from_table(table)
-        with attempt(self.register, "encode", unit.unit.id) as this_attempt:
-            return encode_unit(self.encoder, unit, self.form, this_attempt).to_table()
 
 
 def encode_unit(

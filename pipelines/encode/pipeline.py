@@ -17,6 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ldm.errors import UserError
 from pipelines.dataset import LatentDataset
 from pipelines.dataset_records import DatasetHeader, TextRecord
+from pipelines.encode.actors import UnitEncoder, UnitTextEncoder
 from pipelines.encode.attempts import Register, attempt, start_register
 from pipelines.encode.backlog import Backlog
 from pipelines.encode.bad_share import require_good_commits, require_good_share
@@ -56,8 +57,6 @@ class ActorStage:
 
 def vae_stage(header: DatasetHeader, vae: str, pool: EncoderPool) -> ActorStage:
     """The VAE actors. vae: as `ldm.autoencoder.load` takes it, readable on every node."""
-    from pipelines.encode.encoder import UnitEncoder
-
     arguments = {
         "vae": vae,
         "fingerprint": header.vae_fingerprint,
@@ -69,8 +68,6 @@ def vae_stage(header: DatasetHeader, vae: str, pool: EncoderPool) -> ActorStage:
 
 def text_stage(config: TextConfig, record: TextRecord, pool: TextPool) -> ActorStage:
     """The text encoder's actors. config: its encoder as every node finds it."""
-    from pipelines.encode.text import UnitTextEncoder
-
     arguments = {"config": config, "fingerprint": record.fingerprint, "pool": pool}
     return ActorStage(UnitTextEncoder, arguments, pool)
 

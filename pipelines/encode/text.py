@@ -1,26 +1,16 @@
-"""The text stage: the distinct captions of a unit → embeddings, on one text encoder per actor."""
+"""The distinct captions of a unit → embeddings."""
 
-import math
-import platform
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-import pyarrow as pa
 import torch
 
-from ldm.errors import BadSampleError, UserError
-from ldm.text import Embedding, TextEncoder, Tokens, load_text_encoder, stored_embedding
-from pipelines.device import pick_device
-from pipelines.encode.attempts import Register, attempt
-from pipelines.encode.pools import TextPool
-from pipelines.encode.rows import Embedded, ReadUnit
+from ldm.errors import BadSampleError
+from ldm.text import Embedding, TextEncoder, Tokens, stored_embedding
+from pipelines.encode.rows import Embedded
 from pipelines.shards import Sample
-from pipelines.text_config import TextConfig
 
-__all__ = ["EmbeddedCaptions", "UnitTextEncoder", "embed_captions", "embed_unit"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["EmbeddedCaptions", "embed_captions", "embed_unit"]
 
 
 class EmbeddedCaptions(NamedTuple):
@@ -32,31 +22,6 @@ class EmbeddedCaptions(NamedTuple):
     texts: list[str]
     embeddings_T: list[Embedding | BadSampleError]
     num_truncated: int
-
-
-class UnitTextEncoder:
-    """The callable of the actor pool: loads the text encoder once, then embeds one unit per call."""
-
-    def __init__(self, config: TextConfig, fingerprint: str, pool: TextPool, register: Register) -> None:
-        # Fixed, because the number of threads can change the last bits of a matrix product.
-        torch.set_num_threads(max(1, math.floor(pool.num_cpus)))
-        assert config.encoder is not None
-        encoder = load_text_encoder(config.encoder, layer=config.layer, max_tokens=config.max_tokens)
-        # What lies under a path on this node need not be what the driver read there.
-        if encoder.fingerprint != fingerprint:
-            raise UserError(
-                f"text encoder {config.encoder} on node {platform.node()} is another than on the driver",
-                do="give every node the same files",
-            )
-        self.encoder = encoder.to(pick_device(), DTYPES[pool.precision])
-        self.micro_batch, self.register = pool.micro_batch, register
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """`ReadUnit` row → the same with the embeddings of its captions."""
-        unit = ReadUnit.from_table(table)
-        with attempt(self.register, "text", unit.content.unit.id):
-            embedded = embed_unit(self.encoder, unit.content.samples, self.micro_batch)
-        return replace(unit, embedded=embedded).to_table()
 
 
 def embed_unit(encoder: TextEncoder, samples: Sequence[Sample], micro_batch: int) -> Embedded:

@@ -6,9 +6,10 @@ import torch
 
 from ldm.errors import BadSampleError, UserError
 from ldm.text import TextEncoder, load_text_encoder
+from pipelines.encode.actors import UnitTextEncoder
 from pipelines.encode.pools import TextPool
 from pipelines.encode.rows import ReadUnit
-from pipelines.encode.text import EmbeddedCaptions, UnitTextEncoder, embed_captions, embed_unit
+from pipelines.encode.text import EmbeddedCaptions, embed_captions, embed_unit
 from pipelines.encode.units import Unit, UnitSamples
 from pipelines.shards import Sample, Shard
 from pipelines.text_config import TextConfig
@@ -84,7 +85,7 @@ def test_a_caption_that_cannot_be_embedded_does_not_touch_the_others(folder: Pat
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device of an actor without a GPU; asked outside of one, Ray would start a cluster."""
-    monkeypatch.setattr("pipelines.encode.text.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("pipelines.device.pick_device", lambda: torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("cpu")

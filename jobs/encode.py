@@ -16,6 +16,8 @@ from pipelines.storage_form import StorageForm
 from pipelines.text_config import TextConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ldm.vae_identity import VaeIdentity
     from pipelines.dataset import LatentDataset
     from pipelines.dataset_records import DatasetHeader, TextRecord
@@ -46,13 +48,17 @@ class EncodeJob(JobConfig):
     keep_fields: tuple[str, ...] = Field((), description="fields of the input that rows keep, as JSON")
     unit_size: PositiveInt = Field(256, description="samples that are committed together")
     max_bad_share: float = Field(0.5, ge=0, le=1, description="of the inputs; beyond it the job fails")
+    reader: TaskPool = TaskPool(num_cpus=0.25)
     decode: TaskPool = TaskPool()
     encoder: EncoderPool = EncoderPool()
     text_encoder: TextPool = TextPool()
     cluster: ClusterConfig = ClusterConfig()
 
-    def run(self) -> dict[str, object]:
-        """Encode what is not committed yet; returns what `pipelines.encode.report.EncodeSummary` holds."""
+    def run(self, watch: "Callable[[UnitReport], None]" = lambda report: None) -> dict[str, object]:
+        """Encode what is not committed yet; returns what `pipelines.encode.report.EncodeSummary` holds.
+
+        watch: called for every unit once it is committed.
+        """
         from ldm.vae_identity import check_size, identify
         from pipelines.dataset import LatentDataset
         from pipelines.encode.backlog import find_backlog, require_image
@@ -72,7 +78,7 @@ class EncodeJob(JobConfig):
             dataset = LatentDataset.create_or_check(self.output, header)
             lease = stack.enter_context(writer_lease(dataset.filesystem, dataset.root, self.output))
             # Once more: only now does nobody else write.
-            summary = self._encode(dataset, find_backlog(shards, dataset), lease)
+            summary = self._encode(dataset, find_backlog(shards, dataset), lease, watch)
         print(
             f"{summary.rows} images in {summary.seconds:.1f} s ({summary.images_per_s:.1f} images/s), "
             f"{summary.bytes_per_image:.0f} bytes each; {summary.units_done} units done, "
@@ -91,26 +97,41 @@ class EncodeJob(JobConfig):
         if self.cluster.address is None:
             require_resources(self.decode, self.encoder, *([self.text_encoder] if has_text else []))
 
-    def _encode(self, dataset: "LatentDataset", backlog: "Backlog", lease: "Lease") -> "EncodeSummary":
+    def _encode(
+        self,
+        dataset: "LatentDataset",
+        backlog: "Backlog",
+        lease: "Lease",
+        watch: "Callable[[UnitReport], None]",
+    ) -> "EncodeSummary":
+        from jobs.encode_view import encode_view
         from pipelines.encode.decode import Judge
+        from pipelines.encode.metrics import EncodeMetrics
         from pipelines.encode.pipeline import encode, vae_stage
         from pipelines.vae_source import on_every_node
 
         header = dataset.header
 
-        def watch(report: "UnitReport") -> None:
-            lease.check()
+        # Without anything to do there is no cluster to report to.
+        count = EncodeMetrics().add if backlog.shards else lambda report: None
+        with encode_view(len(backlog.shards)) as show:
 
-        return encode(
-            dataset,
-            backlog,
-            Judge(self.preprocess, header.class_names, self.keep_fields, self.text.precomputed),
-            decode_pool=self.decode,
-            encoder=vae_stage(header, on_every_node(self.vae), self.encoder),
-            text=self._text_stage(header.text),
-            max_bad_share=self.max_bad_share,
-            watch=watch,
-        )
+            def committed(report: "UnitReport") -> None:
+                lease.check()
+                for told in (show, count, watch):
+                    told(report)
+
+            return encode(
+                dataset,
+                backlog,
+                Judge(self.preprocess, header.class_names, self.keep_fields, self.text.precomputed),
+                read_pool=self.reader,
+                decode_pool=self.decode,
+                encoder=vae_stage(header, on_every_node(self.vae), self.encoder),
+                text=self._text_stage(header.text),
+                max_bad_share=self.max_bad_share,
+                watch=committed,
+            )
 
     def _header(self, vae: "VaeIdentity") -> "DatasetHeader":
         from pipelines.class_names import read_class_names

@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from ldm.errors import UserError
+from ldm.errors import LdmError, UserError
 
 __all__ = ["find_user_error", "report"]
 
@@ -16,12 +16,16 @@ _USER_ERROR_LINE = f"{UserError.__module__}.{UserError.__qualname__}: "
 def report(prog: str, failure: Exception) -> bool:
     """Print ``failure`` on stderr; return whether it is the user's to put right.
 
-    A user error is one line. Everything else is a traceback that ends in a one-line summary.
+    A user error, and any other that this project raises in the job's own process, is one line.
+    Everything else is a traceback that ends in a one-line summary.
     """
     user_error = find_user_error(failure)
     if user_error is not None:
         print(f"{prog}: error: {user_error}", file=sys.stderr)
         return True
+    if isinstance(failure, LdmError) and not _is_from_ray(failure):
+        print(f"{prog}: failed: {failure}", file=sys.stderr)
+        return False
     traceback.print_exception(failure)
     print(f"{prog}: failed: {_summary(failure)}", file=sys.stderr)
     return False

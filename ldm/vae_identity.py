@@ -23,7 +23,12 @@ __all__ = ["VaeIdentity", "check_size", "fingerprint_of", "identify", "spatial_f
 
 Config: TypeAlias = Mapping[str, object]
 
-DTYPES: Mapping[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "BF16": np.dtype("<u2")}
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
 MAX_HEADER_BYTES = 100_000_000
 
 # Every key that decides what a class computes, with diffusers' default: files leave out some that have

@@ -38,7 +38,7 @@ class EmulatedEncoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Wait, average, and account for the unit just as a VAE actor does."""
-        start = time.perf_counter()
+        started_at, start = time.time(), time.perf_counter()
         unit = DecodedUnit.from_table(table)
         with attempt(self.register, "encode", unit.unit.id) as this_attempt:
             self._note(unit.unit.id)
@@ -54,7 +54,9 @@ class EmulatedEncoder:
             samples=unit.samples,
             stats=_stats(means),
             decode_s=unit.decode_s,
-            trace=EncoderTrace(platform.node(), os.getpid(), "emulated", time.perf_counter() - start),
+            trace=EncoderTrace(
+                platform.node(), os.getpid(), "emulated", started_at, time.perf_counter() - start
+            ),
             means_N=means,
             stds_N=[np.full_like(mean, STD) for mean in means],
             texts=unit.texts,

@@ -30,7 +30,7 @@ def encode_unit(
     encoder: ImageEncoder, unit: DecodedUnit, form: StorageForm, this_attempt: Attempt
 ) -> EncodedUnit:
     """Encode a unit's images; a sample of which a view cannot be stored is rejected, others are kept."""
-    start = time.perf_counter()
+    started_at, start = time.time(), time.perf_counter()
     keys, num_samples = unit.samples.keys, len(unit.samples)
     views = len(unit.images_N) // max(num_samples, 1)
     sides = [unit.images_N]
@@ -59,7 +59,13 @@ def encode_unit(
         samples=unit.samples.take(kept),
         stats=_stats(latents[0]),
         decode_s=unit.decode_s,
-        trace=EncoderTrace(platform.node(), os.getpid(), str(encoder.device), time.perf_counter() - start),
+        trace=EncoderTrace(
+            node=platform.node(),
+            pid=os.getpid(),
+            device=str(encoder.device),
+            started_at=started_at,
+            seconds=time.perf_counter() - start,
+        ),
         means_N=[mean for mean, _ in latents[0]],
         stds_N=[std for _, std in latents[0]],
         mirrored_means_N=[mean for mean, _ in mirrored],

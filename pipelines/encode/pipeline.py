@@ -33,7 +33,7 @@ from pipelines.unit_ids import parse_unit_id
 __all__ = ["ActorStage", "encode", "require_resources", "text_stage", "vae_stage", "written_units"]
 
 # Reading and writing wait for the store most of the time.
-READ_CPUS = 0.25
+READERS = TaskPool(num_cpus=0.25)
 WRITE_CPUS = 0.25
 # A decode worker is replaced from time to time, since what C libraries do with hostile images is not
 # to be relied upon. That its options differ from its neighbours' also keeps Ray Data from fusing it with
@@ -79,6 +79,7 @@ def encode(
     *,
     decode_pool: TaskPool,
     encoder: ActorStage,
+    read_pool: TaskPool = READERS,
     text: ActorStage | None = None,
     max_bad_share: float = 1.0,
     watch: Callable[[UnitReport], None] = lambda report: None,
@@ -90,11 +91,11 @@ def encode(
     arrive inside Ray's own, chained.
     """
     start = time.perf_counter()
-    run, first_unit_s = RunReport(), None
+    run = RunReport()
     _pin_old_versions(dataset, backlog)
     if backlog.shards:
-        for report in _reports(written_units(dataset, backlog, judge, decode_pool, encoder, text)):
-            first_unit_s = first_unit_s or time.perf_counter() - start
+        units = written_units(dataset, backlog, judge, read_pool, decode_pool, encoder, text)
+        for report in _reports(units):
             run.add(report)
             watch(report)
             if run.inputs >= MIN_INPUTS_TO_JUDGE:
@@ -106,7 +107,6 @@ def encode(
         dataset.write_derived()
     return run.summary(
         seconds=time.perf_counter() - start,
-        first_unit_s=first_unit_s,
         units_skipped=backlog.num_committed,
         retired_shards=[replacement.shard_name for replacement in backlog.replacements],
         removed_shards=backlog.removed,
@@ -135,7 +135,7 @@ def require_resources(decode_pool: TaskPool, *pools: ActorPool) -> None:
     Not for a cluster that grows on demand: what it will have is not known.
     """
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's own
-    tasks = max(decode_pool.num_cpus, READ_CPUS, WRITE_CPUS)
+    tasks = max(decode_pool.num_cpus, READERS.num_cpus, WRITE_CPUS)
     cpus = sum(pool.min_size * pool.num_cpus for pool in pools) + tasks
     gpus = sum(pool.min_size * pool.num_gpus for pool in pools)
     for name, need, option in (("CPU", cpus, "num-cpus"), ("GPU", gpus, "num-gpus")):
@@ -150,6 +150,7 @@ def written_units(
     dataset: LatentDataset,
     backlog: Backlog,
     judge: Judge,
+    read_pool: TaskPool,
     decode_pool: TaskPool,
     encoder: ActorStage,
     text: ActorStage | None = None,
@@ -159,7 +160,8 @@ def written_units(
         register = start_register()
         units = ray.data.read_datasource(
             ShardSource(backlog.shards, dataset.header.unit_size, dataset.header.input),
-            num_cpus=READ_CPUS,
+            num_cpus=read_pool.num_cpus,
+            concurrency=read_pool.max_size,
             # As many as there are read tasks: with more, Ray Data would cut every output block further.
             override_num_blocks=len(backlog.shards),
         )

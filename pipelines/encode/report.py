@@ -13,7 +13,7 @@ __all__ = ["EncodeSummary", "EncoderSummary", "RunReport", "UnitReport"]
 
 
 class UnitReport(BaseModel):
-    """What came of one unit, who encoded it and for how many seconds. bytes: of all its files.
+    """What came of one unit, who encoded it, when (unix time) and for how long. bytes: of all its files.
 
     images: encoded ones, which with several resolutions or mirrored ones are more than rows.
     """
@@ -33,6 +33,7 @@ class UnitReport(BaseModel):
     node: str
     pid: int
     device: str
+    encode_started_at: float
     encode_s: float
 
     def to_table(self) -> pa.Table:
@@ -59,7 +60,10 @@ class EncoderSummary:
 
 @dataclass(frozen=True)
 class EncodeSummary:
-    """What one run did. rows, images and bytes are those of this run, quarantined counts by reason."""
+    """What one run did: its own rows, images and bytes; quarantined counts by reason.
+
+    first_batch_at: unix time at which the first unit was begun by an encoder.
+    """
 
     rows: int
     images: int
@@ -69,7 +73,7 @@ class EncodeSummary:
     retired_shards: tuple[str, ...]
     removed_shards: tuple[str, ...]
     seconds: float
-    first_unit_s: float | None
+    first_batch_at: float | None
     images_per_s: float
     bytes_per_image: float
     encoders: tuple[EncoderSummary, ...]
@@ -85,6 +89,7 @@ class RunReport:
     images: int = 0
     bytes: int = 0
     decode_s: float = 0.0
+    first_batch_at: float | None = None
     quarantined: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     encoders: dict[tuple[str, int, str], EncoderSummary] = field(default_factory=dict)
@@ -97,6 +102,7 @@ class RunReport:
         self.images += report.images
         self.bytes += report.bytes
         self.decode_s += report.decode_s
+        self.first_batch_at = min(self.first_batch_at or report.encode_started_at, report.encode_started_at)
         self.quarantined.update(report.quarantined)
         self.examples += report.examples[: NUM_EXAMPLES - len(self.examples)]
         actor = report.node, report.pid, report.device
@@ -109,7 +115,6 @@ class RunReport:
         self,
         *,
         seconds: float,
-        first_unit_s: float | None,
         units_skipped: int,
         retired_shards: Sequence[str],
         removed_shards: Sequence[str],
@@ -124,7 +129,7 @@ class RunReport:
             retired_shards=tuple(retired_shards),
             removed_shards=tuple(removed_shards),
             seconds=seconds,
-            first_unit_s=first_unit_s,
+            first_batch_at=self.first_batch_at,
             images_per_s=self.images / seconds,
             bytes_per_image=self.bytes / max(self.rows, 1),
             encoders=tuple(self.encoders[actor] for actor in sorted(self.encoders)),

@@ -53,7 +53,15 @@ _COLUMNS = pa.struct(
 )
 _ARRAYS = pa.list_(pa.struct([("shape", pa.list_(pa.int32())), ("data", BYTES)]))
 _STATS = pa.struct([("count", pa.int64()), ("mean", pa.list_(pa.float64())), ("m2", pa.list_(pa.float64()))])
-_TRACE = pa.struct([("node", TEXT), ("pid", pa.int64()), ("device", TEXT), ("seconds", pa.float64())])
+_TRACE = pa.struct(
+    [
+        ("node", TEXT),
+        ("pid", pa.int64()),
+        ("device", TEXT),
+        ("started_at", pa.float64()),
+        ("seconds", pa.float64()),
+    ]
+)
 
 
 _EMBEDDED = (("texts", pa.list_(TEXT)), ("embeddings_T", _ARRAYS))
@@ -176,11 +184,12 @@ class DecodedUnit:
 
 @dataclass(frozen=True)
 class EncoderTrace:
-    """Which encoder worked on a unit, and for how long: node's name, process, device, seconds."""
+    """Which encoder worked on a unit, and when: node's name, process, device, unix time, seconds."""
 
     node: str
     pid: int
     device: str
+    started_at: float
     seconds: float
 
 

@@ -14,12 +14,12 @@ from pipelines.encode.rows import EncodedUnit
 from pipelines.latent_table import LatentRows, MomentArrays, data_bytes, quarantine_bytes
 from pipelines.text_table import text_bytes
 
-__all__ = ["write_unit"]
+__all__ = ["bucket_views", "write_unit"]
 
 
 def write_unit(dataset: LatentDataset, unit: EncodedUnit) -> UnitReport:
     """Publish a unit's data, text and quarantine files and then, last, its commit."""
-    files = tuple(_write_bucket(dataset, unit, name, views) for name, views in _buckets(dataset, unit))
+    files = tuple(_write_bucket(dataset, unit, name, views) for name, views in bucket_views(dataset, unit))
     quarantined = dict(sorted(Counter(rejected.reason for rejected in unit.rejected).items()))
     commit = Commit(
         unit=unit.unit.id,
@@ -54,11 +54,12 @@ def write_unit(dataset: LatentDataset, unit: EncodedUnit) -> UnitReport:
         node=unit.trace.node,
         pid=unit.trace.pid,
         device=unit.trace.device,
+        encode_started_at=unit.trace.started_at,
         encode_s=unit.trace.seconds,
     )
 
 
-def _buckets(dataset: LatentDataset, unit: EncodedUnit) -> list[tuple[str, list[int]]]:
+def bucket_views(dataset: LatentDataset, unit: EncodedUnit) -> list[tuple[str, list[int]]]:
     """(name, indices of the views) of each resolution and size of image, names in ascending order."""
     sizes, f = dataset.header.preprocess.sizes_px, dataset.header.f
     buckets: dict[str, list[int]] = defaultdict(list)

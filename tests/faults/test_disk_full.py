@@ -64,7 +64,7 @@ def encoded_unit() -> EncodedUnit:
         samples=SampleColumns(["k0", "k1", "k2"], [None] * 3, [None] * 3, [None] * 3, [0, 1, 2]),
         stats=None,
         decode_s=0.0,
-        trace=EncoderTrace("node", 1, "cpu", 0.0),
+        trace=EncoderTrace("node", 1, "cpu", 0.0, 0.0),
         means_N=moments[:3],
         stds_N=[np.abs(std) for std in moments[3:]],
     )

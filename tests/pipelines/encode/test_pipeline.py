@@ -272,7 +272,7 @@ def test_stages_are_not_fused(corpus: Path, tmp_path: Path, capsys: pytest.Captu
     dataset = LatentDataset.create_or_check(tmp_path, header)
     backlog = find_backlog(list_shards(corpus), dataset)
     stage = vae_stage(header, "", EncoderPool())
-    written_units(dataset, backlog, Judge(PREPROCESS), TaskPool(), stage).explain()
+    written_units(dataset, backlog, Judge(PREPROCESS), TaskPool(num_cpus=0.25), TaskPool(), stage).explain()
     plan = capsys.readouterr().out
     stages = {
         "ReadShards",

@@ -51,6 +51,7 @@ class EncodeJob(JobConfig):
     reader: TaskPool = TaskPool(num_cpus=0.25)
     decode: TaskPool = TaskPool()
     encoder: EncoderPool = EncoderPool()
+    writer: TaskPool = TaskPool(num_cpus=0.25)
     text_encoder: TextPool = TextPool()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -126,6 +127,7 @@ class EncodeJob(JobConfig):
                 backlog,
                 Judge(self.preprocess, header.class_names, self.keep_fields, self.text.precomputed),
                 read_pool=self.reader,
+                write_pool=self.writer,
                 decode_pool=self.decode,
                 encoder=vae_stage(header, on_every_node(self.vae), self.encoder),
                 text=self._text_stage(header.text),

@@ -50,6 +50,7 @@ def encode_emulated(
         Judge(preprocess),
         # On two cores, a worker process takes 2 s of a core to start: as few as will do.
         read_pool=TaskPool(num_cpus=0.25, max_size=1),
+        write_pool=TaskPool(num_cpus=0.25, max_size=1),
         decode_pool=TaskPool(num_cpus=0.5, max_size=2),
         encoder=ActorStage(EmulatedEncoder, arguments, pool),
     )
@@ -87,6 +88,7 @@ def _free_gpus() -> float:
 
 if __name__ == "__main__":
     source, target, side = sys.argv[1:]
-    with connected(ClusterConfig(num_cpus=4)):
+    # Pages of the object store that were ever used stay resident: a small one has used all of them soon.
+    with connected(ClusterConfig(num_cpus=4, object_store_memory_bytes=128_000_000)):
         two = ActorPool(num_cpus=0.5, min_size=2, max_size=2)
         print(encode_emulated(Path(source), Path(target), int(side), 64, two).rows)

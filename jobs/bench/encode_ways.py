@@ -109,6 +109,7 @@ def pipeline(shards: str, out: Path, seconds: float, threads: int) -> dict[str, 
         unit_size=UNIT_SIZE,
         encoder=EncoderPool(num_cpus=threads, micro_batch=MICRO_BATCH),
         reader=TaskPool(num_cpus=0.25, max_size=1),
+        writer=TaskPool(num_cpus=0.25, max_size=1),
         decode=TaskPool(max_size=1),
         cluster=ClusterConfig(num_cpus=threads + 1),
     )

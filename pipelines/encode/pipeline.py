@@ -9,6 +9,7 @@ Every stage handles whole units, one row each. Nothing is kept in memory but the
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pyarrow as pa
 import ray
@@ -30,11 +31,18 @@ from pipelines.encode.write import write_unit
 from pipelines.text_config import TextConfig
 from pipelines.unit_ids import parse_unit_id
 
-__all__ = ["ActorStage", "encode", "require_resources", "text_stage", "vae_stage", "written_units"]
+__all__ = [
+    "ActorStage",
+    "TaskPools",
+    "encode",
+    "require_resources",
+    "text_stage",
+    "vae_stage",
+    "written_units",
+]
 
 # Reading and writing wait for the store most of the time.
-READERS = TaskPool(num_cpus=0.25)
-WRITE_CPUS = 0.25
+READERS = WRITERS = TaskPool(num_cpus=0.25)
 # A decode worker is replaced from time to time, since what C libraries do with hostile images is not
 # to be relied upon. That its options differ from its neighbours' also keeps Ray Data from fusing it with
 # them, which would decode inside the VAE actors, or one shard on one CPU.
@@ -53,6 +61,14 @@ class ActorStage:
     callable_class: type[Callable[[pa.Table], pa.Table]]
     arguments: Mapping[str, object]
     pool: ActorPool = field(default_factory=ActorPool)
+
+
+class TaskPools(NamedTuple):
+    """The stages of tasks."""
+
+    read: TaskPool
+    decode: TaskPool
+    write: TaskPool
 
 
 def vae_stage(header: DatasetHeader, vae: str, pool: EncoderPool) -> ActorStage:
@@ -79,8 +95,9 @@ def encode(
     *,
     decode_pool: TaskPool,
     encoder: ActorStage,
-    read_pool: TaskPool = READERS,
     text: ActorStage | None = None,
+    read_pool: TaskPool = READERS,
+    write_pool: TaskPool = WRITERS,
     max_bad_share: float = 1.0,
     watch: Callable[[UnitReport], None] = lambda report: None,
 ) -> EncodeSummary:
@@ -94,8 +111,8 @@ def encode(
     run = RunReport()
     _pin_old_versions(dataset, backlog)
     if backlog.shards:
-        units = written_units(dataset, backlog, judge, read_pool, decode_pool, encoder, text)
-        for report in _reports(units):
+        pools = TaskPools(read_pool, decode_pool, write_pool)
+        for report in _reports(written_units(dataset, backlog, judge, pools, encoder, text)):
             run.add(report)
             watch(report)
             if run.inputs >= MIN_INPUTS_TO_JUDGE:
@@ -135,7 +152,7 @@ def require_resources(decode_pool: TaskPool, *pools: ActorPool) -> None:
     Not for a cluster that grows on demand: what it will have is not known.
     """
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's own
-    tasks = max(decode_pool.num_cpus, READERS.num_cpus, WRITE_CPUS)
+    tasks = max(decode_pool.num_cpus, READERS.num_cpus, WRITERS.num_cpus)
     cpus = sum(pool.min_size * pool.num_cpus for pool in pools) + tasks
     gpus = sum(pool.min_size * pool.num_gpus for pool in pools)
     for name, need, option in (("CPU", cpus, "num-cpus"), ("GPU", gpus, "num-gpus")):
@@ -150,8 +167,7 @@ def written_units(
     dataset: LatentDataset,
     backlog: Backlog,
     judge: Judge,
-    read_pool: TaskPool,
-    decode_pool: TaskPool,
+    pools: TaskPools,
     encoder: ActorStage,
     text: ActorStage | None = None,
 ) -> Dataset:
@@ -160,8 +176,8 @@ def written_units(
         register = start_register()
         units = ray.data.read_datasource(
             ShardSource(backlog.shards, dataset.header.unit_size, dataset.header.input),
-            num_cpus=read_pool.num_cpus,
-            concurrency=read_pool.max_size,
+            num_cpus=pools.read.num_cpus,
+            concurrency=pools.read.max_size,
             # As many as there are read tasks: with more, Ray Data would cut every output block further.
             override_num_blocks=len(backlog.shards),
         )
@@ -171,8 +187,8 @@ def written_units(
             _decode_row,
             batch_size=1,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=decode_pool.max_size),
-            num_cpus=decode_pool.num_cpus,
+            compute=TaskPoolStrategy(size=pools.decode.max_size),
+            num_cpus=pools.decode.num_cpus,
             max_calls=UNITS_PER_DECODE_WORKER,
             fn_kwargs={"judge": judge, "register": register},
         )
@@ -180,7 +196,8 @@ def written_units(
             _write_row,  # type: ignore[arg-type]  # Ray's type has no room for keywords beside the batch
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=WRITE_CPUS,
+            compute=TaskPoolStrategy(size=pools.write.max_size),
+            num_cpus=pools.write.num_cpus,
             fn_kwargs={"dataset": dataset},
         )
         return written

@@ -22,7 +22,7 @@ from pipelines.dataset import LatentDataset
 from pipelines.dataset_records import DatasetHeader
 from pipelines.encode.backlog import find_backlog
 from pipelines.encode.decode import Judge
-from pipelines.encode.pipeline import vae_stage, written_units
+from pipelines.encode.pipeline import TaskPools, vae_stage, written_units
 from pipelines.encode.pools import EncoderPool, TaskPool
 from pipelines.latent_table import LatentRows, MomentArrays, read_latents
 from pipelines.shards import Sample, list_shards, write_tar
@@ -272,7 +272,9 @@ def test_stages_are_not_fused(corpus: Path, tmp_path: Path, capsys: pytest.Captu
     dataset = LatentDataset.create_or_check(tmp_path, header)
     backlog = find_backlog(list_shards(corpus), dataset)
     stage = vae_stage(header, "", EncoderPool())
-    written_units(dataset, backlog, Judge(PREPROCESS), TaskPool(num_cpus=0.25), TaskPool(), stage).explain()
+    written_units(
+        dataset, backlog, Judge(PREPROCESS), TaskPools(TaskPool(), TaskPool(), TaskPool()), stage
+    ).explain()
     plan = capsys.readouterr().out
     stages = {
         "ReadShards",

@@ -11,7 +11,10 @@ from jobs.config import JobConfig
 from ldm.errors import LdmError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipelines.dataset import LatentDataset
+    from pipelines.shards import Shard
     from pipelines.verify import Findings
 
 __all__ = ["UnsoundDatasetError", "VerifyJob"]
@@ -40,16 +43,18 @@ class VerifyJob(JobConfig):
     def run(self) -> dict[str, object]:
         """units, rows, files, bytes; findings by kind. UnsoundDatasetError where there are any."""
         from pipelines.dataset import LatentDataset
+        from pipelines.shards import list_shards
         from pipelines.verify import verify
 
         if self.deep and self.input is None:
             raise UserError("--deep needs the input that was encoded", do="give --input")
         dataset = LatentDataset.open(self.dataset)
+        shards = None if self.input is None else list_shards(self.input, dataset.header.input)
         if self.repair:
             dataset.write_derived()
         proof = verify(dataset, _Progress())
-        if self.input is not None:
-            self._check_input(dataset, self.input, proof.findings)
+        if shards is not None:
+            self._check_input(dataset, shards, proof.findings)
         for line in proof.findings.lines():
             print(line)
         print(f"{proof.rows} rows of {proof.units} units in {proof.files} files, {proof.bytes} bytes read")
@@ -57,11 +62,9 @@ class VerifyJob(JobConfig):
             raise UnsoundDatasetError(f"{self.dataset}: {number} findings")
         return {"units": proof.units, "rows": proof.rows, "files": proof.files, "bytes": proof.bytes}
 
-    def _check_input(self, dataset: "LatentDataset", source: str, findings: "Findings") -> None:
+    def _check_input(self, dataset: "LatentDataset", shards: "Sequence[Shard]", findings: "Findings") -> None:
         from pipelines.encode.backlog import find_backlog
-        from pipelines.shards import list_shards
 
-        shards = list_shards(source, dataset.header.input)
         backlog = find_backlog(shards, dataset)
         for work in backlog.shards:
             findings.add("not encoded", f"{work.shard.url}, or not to its end")

@@ -58,11 +58,11 @@ class LatentDataset:
     @classmethod
     def create_or_check(cls, url: str | Path, header: DatasetHeader) -> "LatentDataset":
         """As `check`, and the dataset is made if it is not there."""
-        dataset = cls.check(url, header)
+        dataset = cls(str(url), header)
         path = dataset.path("dataset.json")
         # Of two jobs that find no dataset at the same time, one makes it and the other reads what it is.
-        if dataset.filesystem.exists(path) or create(dataset.filesystem, path, header.json_bytes()):
-            return dataset
+        if not dataset.filesystem.exists(path):
+            create(dataset.filesystem, path, header.json_bytes())
         return cls.check(url, header)
 
     @classmethod

@@ -59,7 +59,7 @@ def main(source: str, output: str, address: str, log: str, seconds_per_image: st
         decode_pool=TaskPool(num_cpus=0.5),
         encoder=ActorStage(
             EmulatedEncoder,
-            {"f": 8, "seconds_per_image": float(seconds_per_image), "log": log},
+            {"f": 8, "seconds_per_image": float(seconds_per_image), "log": log or None},
             ActorPool(num_cpus=0.5, min_size=2, max_size=2),
         ),
     )

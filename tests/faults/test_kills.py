@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ldm.storage import filesystem
 from pipelines.shards import Sample, write_tar
+from tests.faults.conftest import FaultyS3
 
 DRIVER = Path(__file__).with_name("drive_encode.py")
 NUM_SHARDS, SAMPLES, UNIT_SIZE, ENCODERS = 6, 40, 8, 2
@@ -44,7 +46,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def drive(
-    corpus: Path, out: Path, address: str, *, seconds: float = 0.0, marker: str = ""
+    corpus: Path | str, out: Path | str, address: str, *, seconds: float = 0.0, marker: str = ""
 ) -> subprocess.Popen[str]:
     command = [
         sys.executable,
@@ -52,7 +54,7 @@ def drive(
         str(corpus),
         str(out),
         address,
-        str(out) + ".log",
+        f"{out}.log" if isinstance(out, Path) else "",
         str(seconds),
         marker,
     ]
@@ -189,6 +191,44 @@ def test_killed_with_its_whole_cluster(corpus: Corpus, tmp_path: Path) -> None:
     assert tree(out) == corpus.expected
 
 
+def on_s3(root: str) -> dict[str, bytes]:
+    """`tree` of a dataset on S3, read past the fault proxy or through it: reads are retried."""
+    store, path = filesystem(root)
+    names = [name for name in store.find(path) if "/writers/" not in name]
+    return {name[len(path) + 1 :]: store.cat_file(name) for name in names}
+
+
+@pytest.mark.parametrize("rate", [0.1, pytest.param(0.01, marks=pytest.mark.faults_long)])
+def test_through_a_store_that_fails_the_result_is_exact(
+    corpus: Corpus, s3_url: str, faulty_s3: Callable[..., FaultyS3], rate: float
+) -> None:
+    for shard in corpus.source.glob("*.tar"):
+        store, path = filesystem(f"{s3_url}/in/{shard.name}")
+        store.pipe_file(path, shard.read_bytes())
+    faults = faulty_s3(rate)
+    process = drive(f"{s3_url}/in", f"{s3_url}/out", "local")
+    assert finish(process) == [NUM_UNITS, 0]
+    assert faults.num_faults() > 0
+    found, expected = on_s3(f"{s3_url}/out"), corpus.expected
+    # Names of units cover the shard's version, an etag here; what is in the files is the same.
+    assert sorted(data for name, data in found.items() if name.startswith("data/")) == sorted(
+        data for name, data in expected.items() if name.startswith("data/")
+    )
+    assert len(found) == len(expected)
+
+
+def test_a_store_that_always_fails_ends_cleanly(
+    corpus: Corpus, s3_url: str, faulty_s3: Callable[..., FaultyS3]
+) -> None:
+    faulty_s3(1.0, kinds=("error_500",))
+    process = drive(corpus.source, f"{s3_url}/out", "local")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "UserError" in err
+    faulty_s3(0.0)
+    assert on_s3(f"{s3_url}/out") == {}
+
+
 @pytest.mark.faults_long
 @pytest.mark.timeout(7200)
 def test_200_kills(corpus: Corpus, address: str, tmp_path: Path) -> None:
@@ -200,4 +240,4 @@ def test_200_kills(corpus: Corpus, address: str, tmp_path: Path) -> None:
         assert tree(out) == corpus.expected
         assert repeats(out) <= mine * 2 * ENCODERS
         kills, run = kills + mine, run + 1
-    print(f"{kills} kills in {run} runs")
+        print(f"{kills} kills in {run} runs", flush=True)

@@ -18,14 +18,19 @@ from ldm.autoencoder import load
 from ldm.errors import UserError
 from ldm.image_tensors import to_model
 from ldm.preprocess import Preprocess
+from ldm.text import load_text_encoder
 from pipelines.dataset import LatentDataset
 from pipelines.dataset_records import DatasetHeader
 from pipelines.encode.backlog import find_backlog
 from pipelines.encode.decode import Judge
 from pipelines.encode.pipeline import TaskPools, vae_stage, written_units
-from pipelines.encode.pools import EncoderPool, TaskPool
+from pipelines.encode.pools import EncoderPool, TaskPool, TextPool
 from pipelines.latent_table import LatentRows, MomentArrays, read_latents
 from pipelines.shards import Sample, list_shards, write_tar
+from pipelines.storage_form import StorageForm
+from pipelines.text_config import TextConfig
+from pipelines.text_table import read_text
+from tests.tiny_text import save_clip
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -315,3 +320,70 @@ def test_missing_and_empty_input(vae_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             job(tmp_path / source, tmp_path / "out", vae_folder).run()
     assert not (tmp_path / "out").exists()
+
+
+def test_captions_fields_sizes_and_mirrored_int8_arrive(
+    vae_folder: Path, tmp_path: Path, photo: Photo
+) -> None:
+    clip = save_clip(tmp_path / "clip")
+    captions = ["the cat", "the dog", "the cat", None]
+    samples = [
+        Sample(f"k{i}", photo(i), {"json": json.dumps({"caption": caption, "w": i}).encode()})
+        for i, caption in enumerate(captions)
+    ]
+    write_tar(tmp_path / "in.tar", samples)
+    summary = job(
+        tmp_path / "in.tar",
+        tmp_path / "out",
+        vae_folder,
+        preprocess=Preprocess(sizes_px=(16, 32)),
+        form=StorageForm(dtype="int8", mirrored=True),
+        text=TextConfig(encoder=str(clip)),
+        text_encoder=TextPool(num_cpus=0.5),
+        keep_fields=("w",),
+    ).run()
+    assert (summary["rows"], summary["images"], summary["quarantined"]) == (4, 16, {})
+    dataset = LatentDataset.open(tmp_path / "out")
+    files = {row["bucket"]: dataset.path(row["path"]) for row in dataset.derived().manifest.to_pylist()}
+    assert files.keys() == {"16px-16x16", "32px-32x32"}
+    for size in (16, 32):
+        rows = read_latents(files[f"{size}px-{size}x{size}"])
+        assert list(rows.captions) == captions
+        assert [json.loads(extra or "") for extra in rows.extras] == [{"w": i} for i in range(4)]
+        images = np.stack([Preprocess(sizes_px=(size,)).views(photo(i), "")[0] for i in range(4)])
+        vae = load(vae_folder)
+        assert rows.mirrored is not None
+        for stored, shown in ((rows.moments, images), (rows.mirrored, images[:, :, ::-1])):
+            direct = vae.encode(to_model(shown)).mean_BChw.numpy()
+            step = np.abs(direct).max((2, 3), keepdims=True) / 127
+            assert (np.abs(stored.mean_NChw - direct) <= 0.52 * step + 1e-3).all()
+    (commit,) = dataset.commits()
+    assert commit.text_file is not None
+    embeddings = read_text(dataset.path(commit.text_file.path))
+    assert list(embeddings) == ["the cat", "the dog"]
+    for text, direct_LD in zip(
+        embeddings, load_text_encoder(str(clip)).encode(list(embeddings)), strict=True
+    ):
+        np.testing.assert_allclose(embeddings[text], direct_LD, rtol=1e-3, atol=1e-3)
+    assert dataset.header.text is not None and dataset.header.text.fingerprint
+
+
+def test_precomputed_embeddings_arrive(vae_folder: Path, tmp_path: Path, photo: Photo) -> None:
+    def npy(values: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, values)
+        return buffer.getvalue()
+
+    embeddings = [np.full((2 + i, 3), float(i), np.float32) for i in range(2)]
+    samples = [Sample(f"k{i}", photo(i), {"t5.npy": npy(e)}) for i, e in enumerate(embeddings)]
+    write_tar(tmp_path / "in.tar", [*samples, Sample("without", photo(9))])
+    summary = job(
+        tmp_path / "in.tar", tmp_path / "out", vae_folder, text=TextConfig(precomputed="t5.npy")
+    ).run()
+    assert (summary["rows"], summary["quarantined"]) == (2, {"missing_embedding": 1})
+    dataset = LatentDataset.open(tmp_path / "out")
+    (commit,) = dataset.commits()
+    assert commit.text_file is not None
+    stored = read_text(dataset.path(commit.text_file.path))
+    assert list(stored) == ["k0", "k1"]
+    assert all(np.array_equal(stored[f"k{i}"], e) for i, e in enumerate(embeddings))

@@ -76,7 +76,7 @@ class BenchEncodeJob(JobConfig):
         from jobs.bench.processes import run_measured
 
         shards = write_shards(folder / "first", 128, 256, 64)
-        pools = ["--encoder.num-cpus", str(self.threads), "--cluster.num-cpus", str(self.threads + 1)]
+        pools = ["--encoder.num-cpus", str(self.threads), "--cluster.num-cpus", str(self.threads + 2)]
         pools += ["--decode.max-size", "1", "--reader.max-size", "1", "--unit-size", "64"]
         command = ["-m", "jobs.cli", "encode", str(shards), str(folder / "first-out"), "--vae", "f8"]
         measured = run_measured([*command, *pools, "--json"])

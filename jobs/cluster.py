@@ -46,10 +46,12 @@ class ClusterConfig(BaseModel):
 
 
 @contextmanager
-def connected(config: ClusterConfig, *, worker_logs: bool = False) -> Iterator[None]:
+def connected(config: ClusterConfig, *, worker_logs: bool = False, spare_cpus: int = 0) -> Iterator[None]:
     """Ray is connected inside the block; what this started is shut down after it.
 
     ``worker_logs`` shows what the workers print, whatever the config says: a training's progress.
+    ``spare_cpus``: logical CPUs beyond the machine's, for what mostly waits, where a cluster is started
+    and the config does not say how many.
     A Ray that is already initialised is used as it is and left running. Raises ``UserError`` if
     the cluster at ``config.address`` cannot be reached.
     """
@@ -59,7 +61,7 @@ def connected(config: ClusterConfig, *, worker_logs: bool = False) -> Iterator[N
     if ray.is_initialized():
         yield
         return
-    _start(config, config.worker_logs or worker_logs)
+    _start(config, config.worker_logs or worker_logs, spare_cpus)
     try:
         _keep_quiet()
         yield
@@ -68,7 +70,7 @@ def connected(config: ClusterConfig, *, worker_logs: bool = False) -> Iterator[N
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
-def _start(config: ClusterConfig, worker_logs: bool) -> None:
+def _start(config: ClusterConfig, worker_logs: bool, spare_cpus: int) -> None:
     import ray
 
     _drop_token_notice()
@@ -77,7 +79,7 @@ def _start(config: ClusterConfig, worker_logs: bool) -> None:
         dashboard_port = _own_dashboard_port()
         ray.init(
             address="local",  # else Ray would join any cluster that was last started on this machine
-            num_cpus=config.num_cpus,
+            num_cpus=config.num_cpus or _machine_cpus() + spare_cpus,
             num_gpus=config.num_gpus,
             object_store_memory=config.object_store_memory_bytes,
             include_dashboard=worker_logs,
@@ -91,6 +93,12 @@ def _start(config: ClusterConfig, worker_logs: bool) -> None:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_logs)
     except (ConnectionError, TimeoutError) as error:
         raise _unreachable(address, str(error)) from error
+
+
+def _machine_cpus() -> int:
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus())  # inside a container: the container's
 
 
 def _own_dashboard_port() -> int:

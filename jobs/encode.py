@@ -51,7 +51,6 @@ class EncodeJob(JobConfig):
     reader: TaskPool = TaskPool(num_cpus=0.25)
     decode: TaskPool = TaskPool()
     encoder: EncoderPool = EncoderPool()
-    writer: TaskPool = TaskPool(num_cpus=0.25)
     text_encoder: TextPool = TextPool()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -94,7 +93,8 @@ class EncodeJob(JobConfig):
     def _connect(self, stack: ExitStack, *, has_text: bool) -> None:
         from pipelines.encode.pipeline import require_resources
 
-        stack.enter_context(connected(self.cluster))
+        # Else reading would wait for decoding on a small machine, or keep it waiting for a whole shard.
+        stack.enter_context(connected(self.cluster, spare_cpus=1))
         if self.cluster.address is None:
             require_resources(self.decode, self.encoder, *([self.text_encoder] if has_text else []))
 
@@ -127,7 +127,6 @@ class EncodeJob(JobConfig):
                 backlog,
                 Judge(self.preprocess, header.class_names, self.keep_fields, self.text.precomputed),
                 read_pool=self.reader,
-                write_pool=self.writer,
                 decode_pool=self.decode,
                 encoder=vae_stage(header, on_every_node(self.vae), self.encoder),
                 text=self._text_stage(header.text),

@@ -50,7 +50,6 @@ def encode_emulated(
         Judge(preprocess),
         # On two cores, a worker process takes 2 s of a core to start: as few as will do.
         read_pool=TaskPool(num_cpus=0.25, max_size=1),
-        write_pool=TaskPool(num_cpus=0.25, max_size=1),
         decode_pool=TaskPool(num_cpus=0.5, max_size=2),
         encoder=ActorStage(EmulatedEncoder, arguments, pool),
     )
@@ -70,7 +69,8 @@ def measure_ramp(shards: Path, out: Path, size_px: int, seconds_per_image: float
         while _free_gpus() < GPUS:
             time.sleep(0.05)
         free_s = time.monotonic()
-    begun = [(float(at), pid) for at, pid, _ in map(str.split, log.read_text().splitlines())]
+    lines = map(str.split, log.read_text().splitlines())
+    begun = [(float(at), pid) for at, pid, event, _ in lines if event == "begun"]
     unit_s = UNIT_SIZE * seconds_per_image
     # At the beginning of a unit, who else is in the middle of one?
     busy = {at: len({pid for began, pid in begun if began <= at < began + unit_s}) for at, _ in begun}

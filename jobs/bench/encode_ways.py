@@ -109,9 +109,8 @@ def pipeline(shards: str, out: Path, seconds: float, threads: int) -> dict[str, 
         unit_size=UNIT_SIZE,
         encoder=EncoderPool(num_cpus=threads, micro_batch=MICRO_BATCH),
         reader=TaskPool(num_cpus=0.25, max_size=1),
-        writer=TaskPool(num_cpus=0.25, max_size=1),
         decode=TaskPool(max_size=1),
-        cluster=ClusterConfig(num_cpus=threads + 1),
+        cluster=ClusterConfig(num_cpus=threads + 2),
     )
     with suppress(_OverError):
         job.run(watch)
@@ -146,7 +145,7 @@ def straightforward(shards: str, out: Path, seconds: float, threads: int) -> dic
 
     out.mkdir(parents=True)
     log = out / "batches.log"
-    ray.init(num_cpus=threads + 1, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=threads + 2, include_dashboard=False, log_to_driver=False)
     tars = sorted(str(path) for path in Path(shards).glob("*.tar"))
     encoded = ray.data.read_webdataset(tars).map_batches(
         _Encoder,

@@ -5,26 +5,64 @@ They import torch when they start, so that the driver, which only names them, do
 
 import math
 import platform
+import threading
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import pyarrow as pa
 
 from ldm.errors import UserError
-from pipelines.encode.attempts import Register, attempt
+from pipelines.dataset import LatentDataset
+from pipelines.encode.attempts import Attempt, Register, attempt
 from pipelines.encode.pools import ActorPool, EncoderPool, TextPool
-from pipelines.encode.rows import DecodedUnit, ReadUnit
+from pipelines.encode.rows import DecodedUnit, EncodedUnit, ReadUnit
+from pipelines.encode.write import write_unit
 from pipelines.storage_form import StorageForm
 from pipelines.text_config import TextConfig
 
-__all__ = ["UnitEncoder", "UnitTextEncoder"]
+__all__ = ["CALLS_AT_ONCE", "CommittingEncoder", "UnitEncoder", "UnitTextEncoder"]
+
+# Of a `CommittingEncoder`: one encodes, another commits.
+CALLS_AT_ONCE = 2
 
 
-class UnitEncoder:
+class CommittingEncoder(ABC):
+    """An encoder that commits a unit while it encodes the next one.
+
+    Called by `CALLS_AT_ONCE` threads. Were writing a stage of its own, any number of encoded units could
+    wait for it, and all of them would be lost with the driver; so an actor's death loses what it encodes
+    and at most one unit that is encoded already.
+    """
+
+    def __init__(self, dataset: LatentDataset, register: Register) -> None:
+        self.dataset, self.register = dataset, register
+        self._turn = threading.Lock()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """`DecodedUnit` row → `UnitReport` row, once the unit is committed."""
+        unit = DecodedUnit.from_table(table)
+        with self._turn, attempt(self.register, "encode", unit.unit.id) as this_attempt:
+            encoded = self.encode(unit, this_attempt)
+        return write_unit(self.dataset, encoded).to_table()
+
+    @abstractmethod
+    def encode(self, unit: DecodedUnit, this_attempt: Attempt) -> EncodedUnit:
+        """Latents of a unit; one call at a time."""
+
+
+class UnitEncoder(CommittingEncoder):
     """A VAE on its device."""
 
     def __init__(
-        self, vae: str, fingerprint: str, form: StorageForm, pool: EncoderPool, register: Register
+        self,
+        vae: str,
+        fingerprint: str,
+        form: StorageForm,
+        pool: EncoderPool,
+        dataset: LatentDataset,
+        register: Register,
     ) -> None:
+        super().__init__(dataset, register)
         from ldm.autoencoder import load
         from pipelines.device import pick_device
         from pipelines.encode.micro_batches import ImageEncoder
@@ -33,15 +71,13 @@ class UnitEncoder:
         autoencoder = load(vae)
         _require_same(f"VAE {vae}", autoencoder.fingerprint, fingerprint)
         self.encoder = ImageEncoder(autoencoder, pool, pick_device())
-        self.form, self.register = form, register
+        self.form = form
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """`DecodedUnit` row → `EncodedUnit` row."""
+    def encode(self, unit: DecodedUnit, this_attempt: Attempt) -> EncodedUnit:
+        """One forward pass of the VAE for each micro-batch."""
         from pipelines.encode.encoder import encode_unit
 
-        unit = DecodedUnit.from_table(table)
-        with attempt(self.register, "encode", unit.unit.id) as this_attempt:
-            return encode_unit(self.encoder, unit, self.form, this_attempt).to_table()
+        return encode_unit(self.encoder, unit, self.form, this_attempt)
 
 
 class UnitTextEncoder:

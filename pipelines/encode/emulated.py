@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from ldm.channel_stats import LatentStats
+from pipelines.dataset import LatentDataset
 from pipelines.dataset_records import StoredStats
-from pipelines.encode.attempts import Register, attempt
+from pipelines.encode.actors import CommittingEncoder
+from pipelines.encode.attempts import Attempt, Register
 from pipelines.encode.rows import DecodedUnit, EncodedUnit, EncoderTrace
 
 __all__ = ["EmulatedEncoder", "averaged"]
@@ -24,30 +25,36 @@ __all__ = ["EmulatedEncoder", "averaged"]
 STD = np.float16(0.125)
 
 
-class EmulatedEncoder:
-    """The callable of an actor pool: `DecodedUnit` row → `EncodedUnit` row, in a stated time per image.
+class EmulatedEncoder(CommittingEncoder):
+    """In the place of a VAE actor; takes a stated time per image.
 
-    log: a file that gets a line ``<monotonic seconds> <pid> <unit>`` whenever a unit is begun.
+    log: a file that gets a line ``<monotonic seconds> <pid> <begun or encoded> <unit>`` before and after
+    each unit.
     """
 
     def __init__(
-        self, register: Register, f: int = 8, seconds_per_image: float = 0.0, log: str | None = None
+        self,
+        dataset: LatentDataset,
+        register: Register,
+        f: int = 8,
+        seconds_per_image: float = 0.0,
+        log: str | None = None,
     ) -> None:
-        self.register, self.f, self.seconds_per_image = register, f, seconds_per_image
+        super().__init__(dataset, register)
+        self.f, self.seconds_per_image = f, seconds_per_image
         self.log = None if log is None else Path(log)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def encode(self, unit: DecodedUnit, this_attempt: Attempt) -> EncodedUnit:
         """Wait, average, and account for the unit just as a VAE actor does."""
         started_at, start = time.time(), time.perf_counter()
-        unit = DecodedUnit.from_table(table)
-        with attempt(self.register, "encode", unit.unit.id) as this_attempt:
-            self._note(unit.unit.id)
-            means: list[NDArray[np.float16]] = []
-            for index, image in enumerate(unit.images_N):
-                this_attempt.mark.at(index)
-                means.append(averaged(image, self.f))
-            time.sleep(max(0.0, start + self.seconds_per_image * len(means) - time.perf_counter()))
-        encoded = EncodedUnit(
+        self._note("begun", unit)
+        means: list[NDArray[np.float16]] = []
+        for index, image in enumerate(unit.images_N):
+            this_attempt.mark.at(index)
+            means.append(averaged(image, self.f))
+        time.sleep(max(0.0, start + self.seconds_per_image * len(means) - time.perf_counter()))
+        self._note("encoded", unit)
+        return EncodedUnit(
             unit=unit.unit,
             num_inputs=unit.num_inputs,
             rejected=unit.rejected,
@@ -62,12 +69,11 @@ class EmulatedEncoder:
             texts=unit.texts,
             embeddings_T=unit.embeddings_T,
         )
-        return encoded.to_table()
 
-    def _note(self, unit: str) -> None:
+    def _note(self, event: str, unit: DecodedUnit) -> None:
         if self.log is not None:
             with self.log.open("a") as file:
-                file.write(f"{time.monotonic():.6f} {os.getpid()} {unit}\n")
+                file.write(f"{time.monotonic():.6f} {os.getpid()} {event} {unit.unit.id}\n")
 
 
 def averaged(image_HW3: NDArray[np.uint8], f: int) -> NDArray[np.float16]:

@@ -1,7 +1,7 @@
 """ENCODE: shards → units → pixels → latents → latent dataset, as one streaming Ray Data job.
 
-    read tasks ──► (text actors) ──► decode tasks ──► VAE actors ──► write tasks ──► driver
-    1 per shard     own CPUs/GPUs     CPU              own CPUs/GPUs   data, commit    reports
+    read tasks ──► (text actors) ──► decode tasks ──► VAE actors ──────────────────► driver
+    1 per shard     own CPUs/GPUs     CPU              own CPUs/GPUs; data, commit     reports
 
 Every stage handles whole units, one row each. Nothing is kept in memory but the units in flight.
 """
@@ -18,16 +18,15 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ldm.errors import UserError
 from pipelines.dataset import LatentDataset
 from pipelines.dataset_records import DatasetHeader, TextRecord
-from pipelines.encode.actors import UnitEncoder, UnitTextEncoder
+from pipelines.encode.actors import CALLS_AT_ONCE, UnitEncoder, UnitTextEncoder
 from pipelines.encode.attempts import Register, attempt, start_register
 from pipelines.encode.backlog import Backlog
 from pipelines.encode.bad_share import require_good_commits, require_good_share
 from pipelines.encode.decode import Judge, decode_unit
 from pipelines.encode.pools import ActorPool, EncoderPool, TaskPool, TextPool
 from pipelines.encode.report import EncodeSummary, RunReport, UnitReport
-from pipelines.encode.rows import EncodedUnit, ReadUnit
+from pipelines.encode.rows import ReadUnit
 from pipelines.encode.source import ShardSource
-from pipelines.encode.write import write_unit
 from pipelines.text_config import TextConfig
 from pipelines.unit_ids import parse_unit_id
 
@@ -41,8 +40,8 @@ __all__ = [
     "written_units",
 ]
 
-# Reading and writing wait for the store most of the time.
-READERS = WRITERS = TaskPool(num_cpus=0.25)
+# Reading waits for the store most of the time.
+READERS = TaskPool(num_cpus=0.25)
 # A decode worker is replaced from time to time, since what C libraries do with hostile images is not
 # to be relied upon. That its options differ from its neighbours' also keeps Ray Data from fusing it with
 # them, which would decode inside the VAE actors, or one shard on one CPU.
@@ -55,7 +54,7 @@ MIN_INPUTS_TO_JUDGE = 1000
 class ActorStage:
     """A stage of actors: the class whose instances turn a row into a row, its arguments, its pool.
 
-    The class also gets ``register``, the run's `Attempts` actor.
+    The class also gets ``register``, the run's `Attempts` actor, and that of the encoder ``dataset``.
     """
 
     callable_class: type[Callable[[pa.Table], pa.Table]]
@@ -68,7 +67,6 @@ class TaskPools(NamedTuple):
 
     read: TaskPool
     decode: TaskPool
-    write: TaskPool
 
 
 def vae_stage(header: DatasetHeader, vae: str, pool: EncoderPool) -> ActorStage:
@@ -97,7 +95,6 @@ def encode(
     encoder: ActorStage,
     text: ActorStage | None = None,
     read_pool: TaskPool = READERS,
-    write_pool: TaskPool = WRITERS,
     max_bad_share: float = 1.0,
     watch: Callable[[UnitReport], None] = lambda report: None,
 ) -> EncodeSummary:
@@ -111,7 +108,7 @@ def encode(
     run = RunReport()
     _pin_old_versions(dataset, backlog)
     if backlog.shards:
-        pools = TaskPools(read_pool, decode_pool, write_pool)
+        pools = TaskPools(read_pool, decode_pool)
         for report in _reports(written_units(dataset, backlog, judge, pools, encoder, text)):
             run.add(report)
             watch(report)
@@ -152,7 +149,7 @@ def require_resources(decode_pool: TaskPool, *pools: ActorPool) -> None:
     Not for a cluster that grows on demand: what it will have is not known.
     """
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's own
-    tasks = max(decode_pool.num_cpus, READERS.num_cpus, WRITERS.num_cpus)
+    tasks = max(decode_pool.num_cpus, READERS.num_cpus)
     cpus = sum(pool.min_size * pool.num_cpus for pool in pools) + tasks
     gpus = sum(pool.min_size * pool.num_gpus for pool in pools)
     for name, need, option in (("CPU", cpus, "num-cpus"), ("GPU", gpus, "num-gpus")):
@@ -182,7 +179,7 @@ def written_units(
             override_num_blocks=len(backlog.shards),
         )
         if text is not None:
-            units = _through(units, text, register)
+            units = _through(units, text, {"register": register})
         decoded = units.map_batches(
             _decode_row,
             batch_size=1,
@@ -192,28 +189,27 @@ def written_units(
             max_calls=UNITS_PER_DECODE_WORKER,
             fn_kwargs={"judge": judge, "register": register},
         )
-        written: Dataset = _through(decoded, encoder, register).map_batches(
-            _write_row,  # type: ignore[arg-type]  # Ray's type has no room for keywords beside the batch
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=pools.write.max_size),
-            num_cpus=pools.write.num_cpus,
-            fn_kwargs={"dataset": dataset},
-        )
-        return written
+        return _through(decoded, encoder, {"dataset": dataset, "register": register}, CALLS_AT_ONCE)
 
 
-def _through(units: Dataset, stage: ActorStage, register: Register) -> Dataset:
+def _through(
+    units: Dataset, stage: ActorStage, of_run: Mapping[str, object], calls_at_once: int = 1
+) -> Dataset:
     pool = stage.pool
     passed: Dataset = units.map_batches(
         stage.callable_class,
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        compute=ActorPoolStrategy(
+            min_size=pool.min_size,
+            max_size=pool.max_size,
+            max_concurrent_calls_per_actor=calls_at_once,
+            enable_true_multi_threading=calls_at_once > 1,
+        ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
         accelerator_type=pool.accelerator_type,
-        fn_constructor_kwargs={**stage.arguments, "register": register},
+        fn_constructor_kwargs={**stage.arguments, **of_run},
     )
     return passed
 
@@ -231,10 +227,6 @@ def _decode_row(table: pa.Table, judge: Judge, register: Register) -> pa.Table:
     read = ReadUnit.from_table(table)
     with attempt(register, "decode", read.content.unit.id) as this_attempt:
         return decode_unit(read.content, judge, this_attempt, read.embedded).to_table()
-
-
-def _write_row(table: pa.Table, dataset: LatentDataset) -> pa.Table:
-    return write_unit(dataset, EncodedUnit.from_table(table)).to_table()
 
 
 def _reports(written: Dataset) -> Iterator[UnitReport]:

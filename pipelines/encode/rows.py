@@ -52,22 +52,11 @@ _COLUMNS = pa.struct(
     ]
 )
 _ARRAYS = pa.list_(pa.struct([("shape", pa.list_(pa.int32())), ("data", BYTES)]))
-_STATS = pa.struct([("count", pa.int64()), ("mean", pa.list_(pa.float64())), ("m2", pa.list_(pa.float64()))])
-_TRACE = pa.struct(
-    [
-        ("node", TEXT),
-        ("pid", pa.int64()),
-        ("device", TEXT),
-        ("started_at", pa.float64()),
-        ("seconds", pa.float64()),
-    ]
-)
 
 
 _EMBEDDED = (("texts", pa.list_(TEXT)), ("embeddings_T", _ARRAYS))
 _FAILURES = pa.list_(pa.struct([("text", TEXT), ("reason", TEXT), ("detail", TEXT)]))
 _ACCOUNT = (("unit", _UNIT), ("num_inputs", pa.int64()), ("rejected", _REJECTED))
-ARRAYS_OF_ENCODED = ("means_N", "stds_N", "mirrored_means_N", "mirrored_stds_N", "embeddings_T")
 
 
 @dataclass(frozen=True)
@@ -202,18 +191,6 @@ class EncodedUnit:
     float16 (tokens, D), what the text encoder made of them.
     """
 
-    SCHEMA: ClassVar[pa.Schema] = pa.schema(
-        [
-            *_ACCOUNT,
-            ("samples", _COLUMNS),
-            ("stats", _STATS),
-            ("decode_s", pa.float64()),
-            ("trace", _TRACE),
-            ("texts", pa.list_(TEXT)),
-            *((name, _ARRAYS) for name in ARRAYS_OF_ENCODED),
-        ]
-    )
-
     unit: Unit
     num_inputs: int
     rejected: Sequence[Rejected]
@@ -228,25 +205,6 @@ class EncodedUnit:
     texts: Sequence[str] = ()
     embeddings_T: Sequence[NDArray[np.float16]] = ()
 
-    def to_table(self) -> pa.Table:
-        """One row."""
-        values = _account(self) | {
-            "samples": vars(self.samples),
-            "stats": None if self.stats is None else self.stats.model_dump(),
-            "decode_s": self.decode_s,
-            "trace": asdict(self.trace),
-            "texts": self.texts,
-        }
-        return _table(self.SCHEMA, values, {name: getattr(self, name) for name in ARRAYS_OF_ENCODED})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> "EncodedUnit":
-        """The unit of a table of one row."""
-        values = _values(table, without=ARRAYS_OF_ENCODED)
-        stats, trace = values.pop("stats"), EncoderTrace(**values.pop("trace"))
-        arrays: dict[str, Any] = {name: _unpack(table[name], np.float16) for name in ARRAYS_OF_ENCODED}
-        return cls(**values, stats=None if stats is None else StoredStats(**stats), trace=trace, **arrays)
-
 
 def _values(table: pa.Table, without: Sequence[str]) -> dict[str, Any]:
     """The row of a table of one row, apart from its arrays."""
@@ -257,7 +215,7 @@ def _values(table: pa.Table, without: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _account(unit: DecodedUnit | EncodedUnit) -> Row:
+def _account(unit: DecodedUnit) -> Row:
     rejected = [asdict(rejected) for rejected in unit.rejected]
     return {"unit": asdict(unit.unit), "num_inputs": unit.num_inputs, "rejected": rejected}
 

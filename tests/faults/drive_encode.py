@@ -2,8 +2,8 @@
 
 usage: drive_encode.py INPUT OUTPUT ADDRESS LOG SECONDS_PER_IMAGE [MARKER]
 
-ADDRESS ``local`` starts a cluster of its own. Where MARKER is given and not there yet, the first write
-task makes it and dies by SIGKILL between its unit's data and its commit.
+ADDRESS ``local`` starts a cluster of its own. Where MARKER is given and not there yet, the first
+encoder makes it and dies by SIGKILL between its unit's data and its commit.
 """
 
 import os

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from ldm.preprocess import Preprocess
 from pipelines.dataset import LatentDataset
 from pipelines.dataset_records import DatasetHeader
+from pipelines.encode.attempts import Attempt
 from pipelines.encode.backlog import find_backlog
 from pipelines.encode.decode import Judge
 from pipelines.encode.emulated import EmulatedEncoder
 from pipelines.encode.pipeline import ActorStage, encode
 from pipelines.encode.pools import ActorPool, TaskPool
 from pipelines.encode.report import EncodeSummary
-from pipelines.encode.rows import DecodedUnit
+from pipelines.encode.rows import DecodedUnit, EncodedUnit
 from pipelines.shards import Sample, list_shards, write_tar
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -78,13 +79,13 @@ def test_an_image_that_kills_its_decoder(tmp_path: Path, photo: Callable[[int], 
 class MortalEncoder(EmulatedEncoder):
     """Dies in the middle of a unit, the first time."""
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        unit = DecodedUnit.from_table(table).unit
+    def encode(self, decoded: DecodedUnit, this_attempt: Attempt) -> EncodedUnit:
+        unit = decoded.unit
         marker = Path(unit.shard.url.removeprefix("file://")).parent / f"died-{unit.index}"
         if unit.index == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(table)
+        return super().encode(decoded, this_attempt)
 
 
 def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path, photo: Callable[[int], bytes]) -> None:

@@ -84,15 +84,15 @@ class BenchEncodeJob(JobConfig):
         return {"first_batch_s": summary["first_batch_at"] - measured.started_at}
 
     def _memory(self, folder: Path) -> dict[str, float]:
-        """Peak of all processes, few against many images of 64 px, with the emulated encoder."""
+        """Peak of all processes, few against many images of 256 px, with the emulated encoder."""
         from jobs.bench.photos import write_shards
         from jobs.bench.processes import run_measured
 
         few, many = self.memory_images
         peaks = {}
         for count in (few, many):
-            shards = write_shards(folder / f"memory-{count}", count, 64, 1000)
-            command = ["-m", "jobs.bench.emulated", str(shards), str(folder / f"memory-out-{count}"), "64"]
+            shards = write_shards(folder / f"memory-{count}", count, 256, 250)
+            command = ["-m", "jobs.bench.emulated", str(shards), str(folder / f"memory-out-{count}"), "256"]
             peaks[count] = run_measured(command, with_memory=True).peak_mb
         return {
             "memory_few_mb": peaks[few],

@@ -1,7 +1,5 @@
 """The demo's report: one HTML page without outside references, and the figures in it."""
 
-import base64
-import io
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,16 +82,21 @@ class Report:
 
 def write(report: Report, out: Path) -> Path:
     """Write ``report.html`` and the grids as PNGs into ``out``; returns the page's path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jobs.pages import data_url, render, svg_of_line
 
-    environment = Environment(loader=PackageLoader("jobs"), autoescape=True, undefined=StrictUndefined)
-    environment.filters["png"] = _data_url
     (out / "samples").mkdir()
     for grid in report.grids:
         sheet = np.concatenate([np.concatenate(images, axis=1) for _, images in grid.rows], axis=0)
         (out / "samples" / f"guidance-{grid.guidance:g}.png").write_bytes(_png(sheet))
-    page = environment.get_template("demo.html").render(
-        report=report, figures=report.figures(), curve=_loss_curve(_history(out / "checkpoint")), host=_host()
+    history = _history(out / "checkpoint")
+    steps, losses = ([h[name] for h in history] for name in ("step", "loss"))
+    page = render(
+        "demo.html",
+        {"png": lambda image: data_url(_png(image), "image/png")},
+        report=report,
+        figures=report.figures(),
+        curve=svg_of_line(steps, losses, "step", "loss (mean of the interval)"),
+        host=_host(),
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -117,28 +120,10 @@ def _history(checkpoint: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (checkpoint / METRICS_FILE).read_text().splitlines()]
 
 
-def _loss_curve(history: list[dict[str, float]]) -> str:
-    """The training loss over steps, as a data URL of an SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([h["step"] for h in history], [h["loss"] for h in history], color="#2563eb")
-    axes.set(xlabel="step", ylabel="loss (mean of the interval)")
-    axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def _png(image: Pixels) -> bytes:
     from ldm.images import encode_png
 
     return encode_png(image)
-
-
-def _data_url(image: Pixels) -> str:
-    return f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}"
 
 
 def _host() -> dict[str, object]:

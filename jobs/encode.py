@@ -105,6 +105,7 @@ class EncodeJob(JobConfig):
         lease: "Lease",
         watch: "Callable[[UnitReport], None]",
     ) -> "EncodeSummary":
+        from jobs.encode_page import Throughput, publish_page
         from jobs.encode_view import encode_view
         from pipelines.encode.decode import Judge
         from pipelines.encode.metrics import EncodeMetrics
@@ -115,14 +116,15 @@ class EncodeJob(JobConfig):
 
         # Without anything to do there is no cluster to report to.
         count = EncodeMetrics().add if backlog.shards else lambda report: None
+        throughput = Throughput()
         with encode_view(len(backlog.shards)) as show:
 
             def committed(report: "UnitReport") -> None:
                 lease.check()
-                for told in (show, count, watch):
+                for told in (show, count, throughput.add, watch):
                     told(report)
 
-            return encode(
+            summary = encode(
                 dataset,
                 backlog,
                 Judge(self.preprocess, header.class_names, self.keep_fields, self.text.precomputed),
@@ -133,6 +135,10 @@ class EncodeJob(JobConfig):
                 max_bad_share=self.max_bad_share,
                 watch=committed,
             )
+        if summary.units_done:
+            page = publish_page(dataset, summary, throughput, self.input, self.output)
+            print(f"summary: {self.output.rstrip('/')}/{page}")
+        return summary
 
     def _header(self, vae: "VaeIdentity") -> "DatasetHeader":
         from pipelines.class_names import read_class_names

@@ -2,13 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from pydantic_settings import CliPositionalArg
 
 from jobs.config import JobConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipelines.dataset import LatentDataset
+    from pipelines.encode.form_costs import FormCost
 
 __all__ = ["StatsJob"]
 
@@ -17,14 +20,44 @@ class StatsJob(JobConfig):
     """Print the statistics of a latent dataset, from its commits."""
 
     dataset: CliPositionalArg[str] = Field(description="folder or URL of a latent dataset")
+    form_images: NonNegativeInt = Field(4, description="to decode for the cost of each form; 0: do not")
 
     def run(self) -> dict[str, object]:
-        """rows, units, bytes, per-channel mean and std, scaling factor, quarantined by reason."""
+        """rows, units, bytes, per-channel mean and std, scaling factor, quarantined by reason, forms.
+
+        forms: what the first images would cost in each form of storage; without those where the dataset
+        holds no fp16 moments, or its VAE is not here.
+        """
         from pipelines.dataset import LatentDataset
 
-        result = _summary(LatentDataset.open(self.dataset))
+        dataset = LatentDataset.open(self.dataset)
+        result = _summary(dataset)
         _print(self.dataset, result)
-        return result
+        costs = self._form_costs(dataset)
+        if costs:
+            _print_forms(costs)
+        return {**result, "forms": [cost._asdict() for cost in costs]}
+
+    def _form_costs(self, dataset: "LatentDataset") -> "Sequence[FormCost]":
+        from ldm.errors import UserError
+        from pipelines.storage_form import StorageForm
+
+        paths = dataset.derived().manifest["path"].to_pylist()
+        has_moments = dataset.header.form.model_copy(update={"mirrored": False}) == StorageForm()
+        if not (self.form_images and paths and has_moments):
+            return ()
+        from ldm.autoencoder import load
+        from pipelines.encode.form_costs import form_costs
+        from pipelines.latent_table import read_latents
+
+        try:
+            autoencoder = load(dataset.header.vae)
+        except UserError as error:
+            print(f"the forms of storage were not measured: {error}")
+            return ()
+        with dataset.filesystem.open(dataset.path(paths[0])) as file:
+            rows = read_latents(file, [0])
+        return list(form_costs(rows, autoencoder.to("cpu"), self.form_images))
 
 
 def _summary(dataset: "LatentDataset") -> dict[str, object]:
@@ -49,6 +82,18 @@ def _print(title: str, result: dict[str, object]) -> None:
     table = Table("what", "value", title=title, title_justify="left")
     for name, value in result.items():
         table.add_row(name.replace("_", " "), _text(value))
+    Console().print(table)
+
+
+def _print_forms(costs: "Sequence[FormCost]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("stored", "dtype", "bytes per image", "PSNR against the decoded mean")
+    table = Table(*columns, title="forms of storage", title_justify="left")
+    for cost in costs:
+        loss = "the same" if cost.psnr_db is None else f"{cost.psnr_db:.1f} dB"
+        table.add_row(cost.stored, cost.dtype, f"{cost.bytes_per_image:.0f}", loss)
     Console().print(table)
 
 

@@ -8,9 +8,14 @@ from torch import Tensor
 __all__ = ["from_model", "to_model"]
 
 
-def to_model(images_BHW3: NDArray[np.uint8]) -> Tensor:
-    """uint8 (B, H, W, 3) → float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-    return torch.from_numpy(np.array(images_BHW3)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+def to_model(images_BHW3: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) → float32 (B, 3, H, W) in [-1, 1], channels last in memory.
+
+    A tensor stays on its device.
+    """
+    if isinstance(images_BHW3, np.ndarray):
+        images_BHW3 = torch.from_numpy(np.array(images_BHW3))
+    return images_BHW3.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def from_model(images_B3HW: Tensor) -> NDArray[np.uint8]:

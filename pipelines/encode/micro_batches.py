@@ -1,7 +1,7 @@
 """Images of many sizes through one VAE, some at a time, and on when memory runs out or a batch kills."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ldm.errors import BadSampleError
 from ldm.image_tensors import to_model
 from pipelines.encode.attempts import Attempt
 from pipelines.encode.pools import EncoderPool
+from pipelines.encode.upload import Uploader
 
 __all__ = ["ImageEncoder", "is_out_of_memory"]
 
@@ -29,7 +30,9 @@ class ImageEncoder:
 
     def __init__(self, autoencoder: Autoencoder, pool: EncoderPool, device: torch.device) -> None:
         self.device, self.precision = device, PRECISIONS[pool.precision]
+        self.uploader = Uploader(device)
         self.micro_batch = pool.micro_batch
+        self._upcoming: list[Pixels] = []
         self.autoencoder = autoencoder.to(device, channels_last=pool.channels_last)
         if pool.compile:
             # In place: the module keeps its class and its config.
@@ -42,21 +45,20 @@ class ImageEncoder:
         of them share a batch depends on the unit alone. Reasons: ``killed_worker``, ``out_of_memory``.
         """
         found: dict[int, MomentPair | BadSampleError] = {}
-        for batch in self._batches(images_N):
-            moments = self._encode_batch([images_N[index] for index in batch], batch, attempt)
-            found.update(zip(batch, moments, strict=True))
-        return [found[index] for index in range(len(images_N))]
-
-    def _batches(self, images_N: Sequence[Pixels]) -> Iterator[list[int]]:
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, image in enumerate(images_N):
             by_size[image.shape].append(index)
-        for indices in by_size.values():
-            start = 0
-            while start < len(indices):
-                size = self.micro_batch  # it may shrink while the caller encodes this batch
-                yield indices[start : start + size]
-                start += size
+        waiting = deque(by_size.values())
+        while waiting:
+            indices = waiting.popleft()
+            batch, rest = indices[: self.micro_batch], indices[self.micro_batch :]
+            if rest:
+                waiting.appendleft(rest)
+            upcoming = waiting[0][: self.micro_batch] if waiting else ()
+            self._upcoming = [images_N[index] for index in upcoming]
+            moments = self._encode_batch([images_N[index] for index in batch], batch, attempt)
+            found.update(zip(batch, moments, strict=True))
+        return [found[index] for index in range(len(images_N))]
 
     def _encode_batch(
         self, images: list[Pixels], indices: Sequence[int], attempt: Attempt
@@ -107,10 +109,13 @@ class ImageEncoder:
         return pairs
 
     def _forward(self, images: Sequence[Pixels], precision: torch.dtype) -> list[MomentPair]:
-        images_B3HW = to_model(np.stack(images)).to(self.device, non_blocking=True)
+        images_B3HW = to_model(self.uploader.take(images))
         low = precision is not torch.float32
         with torch.autocast(self.device.type, dtype=precision if low else None, enabled=low):
             moments = self.autoencoder.encode(images_B3HW)
+        if self._upcoming:
+            # Now, while the device computes and before the host waits for it.
+            self.uploader.start(self._upcoming)
         return list(zip(moments.mean_BChw.cpu(), moments.std_BChw.cpu(), strict=True))
 
 

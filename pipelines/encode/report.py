@@ -62,12 +62,14 @@ class EncoderSummary:
 class EncodeSummary:
     """What one run did: its own rows, images and bytes; quarantined counts by reason.
 
-    first_batch_at: unix time at which the first unit was begun by an encoder.
+    first_batch_at: unix time at which the first unit was begun by an encoder. decode_s: of all decode
+    workers.
     """
 
     rows: int
     images: int
     quarantined: dict[str, int]
+    examples: tuple[str, ...]
     units_done: int
     units_skipped: int
     retired_shards: tuple[str, ...]
@@ -76,6 +78,7 @@ class EncodeSummary:
     first_batch_at: float | None
     images_per_s: float
     bytes_per_image: float
+    decode_s: float
     encoders: tuple[EncoderSummary, ...]
 
 
@@ -124,6 +127,7 @@ class RunReport:
             rows=self.rows,
             images=self.images,
             quarantined=dict(sorted(self.quarantined.items())),
+            examples=tuple(self.examples),
             units_done=self.units,
             units_skipped=units_skipped,
             retired_shards=tuple(retired_shards),
@@ -132,5 +136,6 @@ class RunReport:
             first_batch_at=self.first_batch_at,
             images_per_s=self.images / seconds,
             bytes_per_image=self.bytes / max(self.rows, 1),
+            decode_s=self.decode_s,
             encoders=tuple(self.encoders[actor] for actor in sorted(self.encoders)),
         )

@@ -14,7 +14,7 @@ from pydantic_settings import CliPositionalArg
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig
 from ldm.errors import UserError
-from pipelines.train.unet import UnetTraining
+from pipelines.train.config import UnetTraining
 
 if TYPE_CHECKING:
     from jobs.demo_report import Grid
@@ -120,7 +120,7 @@ class DemoJob(JobConfig):
         found = reconstruct(
             str(self.out / "photo_shards"), self.vae, Preprocess(sizes_px=(256,)), EvaluatePool()
         )
-        return list(found.images)
+        return sorted(found, key=lambda r: r.key)
 
     def _train(self) -> dict[str, object]:
         from jobs.train import TrainJob

@@ -5,6 +5,7 @@ unet_last/   the weights of the last step      ldm.json    CheckpointInfo
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -18,7 +19,7 @@ from ldm.latents import Whitening
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-__all__ = ["CheckpointInfo", "check_vae", "read_info", "read_scheduler_config", "save"]
+__all__ = ["INFO_FILE", "CheckpointInfo", "check_vae", "read_info", "read_scheduler_config", "save"]
 
 INFO_FILE = "ldm.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -29,7 +30,9 @@ class CheckpointInfo(BaseModel):
     """What a U-Net needs around it to make images.
 
     latent_shape: (C, h, w) it was trained on; shift and scale: `ldm.latents.Whitening`; ``vae``:
-    where the VAE was loaded from, by whose fingerprint it is known.
+    where the VAE was loaded from, by whose fingerprint it is known. embedding_width: features of the
+    embeddings that the U-Net attends to, whose null is one token of zeros; ``text_*``: their encoder,
+    None where they were made beforehand.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +45,9 @@ class CheckpointInfo(BaseModel):
     vae: str
     vae_fingerprint: str
     class_names: tuple[str, ...] | None
+    text_encoder: str | None = None
+    text_fingerprint: str | None = None
+    embedding_width: int | None = None
 
     @property
     def whitening(self) -> Whitening:
@@ -56,7 +62,13 @@ def save(
     scheduler_config: dict[str, object],
     info: CheckpointInfo,
 ) -> None:
-    """Write a checkpoint into ``folder``; ``ldm.json`` comes last, so its presence means complete."""
+    """Write a checkpoint into ``folder``; ``ldm.json`` comes last, so its presence means complete.
+
+    One that is there already, of an earlier step, is replaced.
+    """
+    (folder / INFO_FILE).unlink(missing_ok=True)
+    for part in ("unet", "unet_last", "scheduler"):
+        shutil.rmtree(folder / part, ignore_errors=True)
     unets.save(ema, folder / "unet")
     unets.save(last, folder / "unet_last")
     (folder / "scheduler").mkdir()

@@ -12,10 +12,14 @@ The folder may lie on any fsspec file system. Files are never listed to find row
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
@@ -137,6 +141,52 @@ class LatentDataset:
         except FileNotFoundError:
             return False
         return bool(stored.get("units_sha256") == units_sha256(self.units()))
+
+    def stored_summary(self) -> dict[str, object]:
+        """``stats.json``. UserError where it is not there, or not of the units that count."""
+        if not self.is_derived_current():
+            raise UserError(
+                f"the manifest of {self.url} is not of its commits: encoding has not ended there",
+                do="run ldm encode again, or ldm verify --repair",
+            )
+        summary: dict[str, object] = json.loads(self.filesystem.cat_file(self.path("stats.json")))
+        return summary
+
+    def manifest(self) -> pa.Table:
+        """``manifest.parquet``, and every file that it names is there, with its size.
+
+        Costs a listing for each bucket; no commit is read and no data file opened. UserError where the
+        manifest is damaged or not of the units that count, or where a file is missing or cut short.
+        """
+        expected = self.stored_summary().get("manifest_sha256")
+        data = b""
+        with suppress(FileNotFoundError):
+            data = self.filesystem.cat_file(self.path("manifest.parquet"))
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise UserError(
+                f"manifest.parquet of {self.url} is missing or damaged: stats.json has another SHA-256",
+                do="run ldm verify --repair",
+            )
+        manifest = pq.read_table(io.BytesIO(data))
+        self._check_files(manifest)
+        return manifest
+
+    def _check_files(self, manifest: pa.Table) -> None:
+        present: dict[str, int] = {}
+        for bucket in set(manifest["bucket"].to_pylist()):
+            folder = self.path("data", bucket)
+            self.filesystem.invalidate_cache(folder)
+            if self.filesystem.exists(folder):
+                listed = self.filesystem.ls(folder, detail=True)
+                present |= {f"data/{bucket}/{e['name'].rsplit('/', 1)[-1]}": int(e["size"]) for e in listed}
+        sizes = zip(manifest["path"].to_pylist(), manifest["bytes"].to_pylist(), strict=True)
+        wrong = [path for path, size in sizes if present.get(path) != size]
+        if wrong:
+            raise UserError(
+                f"{len(wrong)} of {manifest.num_rows} data files of {self.url} are missing or cut short, "
+                f"such as {wrong[0]}",
+                do="find all with ldm verify; remove those units' commits and encode again",
+            )
 
     def write_derived(self) -> Derived:
         """Rebuild ``stats.json`` and, before it, ``manifest.parquet``; returns what is in them."""

@@ -39,6 +39,7 @@ class Derived:
     def stats_json(self) -> bytes:
         """``stats.json``."""
         summary: dict[str, object] = self.totals._asdict() | {"units_sha256": self.units_sha256}
+        summary["manifest_sha256"] = hashlib.sha256(self.manifest_parquet()).hexdigest()
         if self.stats is not None:
             summary |= {"count": self.stats.count, "mean": self.stats.mean_C, "std": self.stats.std_C}
             summary |= {"m2": self.stats.m2_C, "scaling_factor": self.stats.scaling_factor}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipelines.latent_table import ROW_GROUP_BYTES, parquet_bytes
 
-__all__ = ["read_text", "text_bytes"]
+__all__ = ["read_text", "read_width", "text_bytes"]
 
 WIDTH = b"width"
 SCHEMA = pa.schema(
@@ -69,6 +69,11 @@ def read_text(source: pa.NativeFile | io.IOBase | str) -> dict[str, NDArray[np.f
             table["caption"].to_pylist(), table["tokens"].to_pylist(), starts[:-1], starts[1:], strict=True
         )
     }
+
+
+def read_width(source: pa.NativeFile | io.IOBase | str) -> int:
+    """D of a file; reads no embedding."""
+    return int(pq.read_schema(source).metadata[WIDTH])
 
 
 def _list_column(embeddings: Sequence[NDArray[np.float16]]) -> pa.Array:

@@ -150,6 +150,7 @@ def write_latents(vae_folder: Path) -> Callable[..., Path]:
                     stats=StoredStats(count=stats.count, mean=stats.mean_C, m2=stats.m2_C),
                 )
             )
+        dataset.write_derived()
         return folder
 
     return write

@@ -1,122 +1,304 @@
-"""Latents for training, in an order that is a pure function of (seed, epoch, global batch index).
+"""Latents for training: each rank reads its share of every global batch, in a stated order.
 
-First cut: all rows of the dataset are held in memory, in fp16 (1 kB a row for 8×8×4 latents).
+The order is that of `pipelines.train.order`. Whatever is random about a row (its sample of the posterior,
+noise, timestep, whether its condition is dropped, whether it is mirrored) is a function of (seed, epoch,
+key) alone. So neither the number of ranks, nor a restart, nor prefetching changes what is trained on.
 """
 
-import hashlib
-import io
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.latents import Moments, keyed_normal
 from ldm.seeds import keyed_seed
 from pipelines.dataset import LatentDataset
-from pipelines.latent_table import read_latents
+from pipelines.train.catalog import BucketCatalog, hold_out, open_catalog
+from pipelines.train.order import BucketOrder, Span, Window, default_lanes, epoch_schedule
+from pipelines.train.row_groups import RowGroupReader, Rows
 
-__all__ = ["LatentBatch", "LatentRows", "batches", "check_batch_size", "load_rows", "row_order"]
+__all__ = ["LatentBatch", "LatentLoader", "LoaderConfig", "prefetched"]
+
+T = TypeVar("T")
+S = TypeVar("S")
+READ_THREADS = 4
+READ_AHEAD_WINDOWS = 2
+# The epoch of validation rows: their noise is the same every time.
+VALIDATION_EPOCH = -1
 
 
-@dataclass(frozen=True)
-class LatentRows:
-    """All rows of a dataset, in unit order. labels_N: int64, -1 where a row has none."""
+class LoaderConfig(BaseModel):
+    """What is read, and in which order."""
 
-    keys: tuple[str, ...]
-    labels_N: NDArray[np.int64]
-    mean_NChw: NDArray[np.float16]
-    std_NChw: NDArray[np.float16]
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_px: PositiveInt | None = Field(None, description="which of the dataset's sizes, if it has several")
+    lanes: PositiveInt | None = Field(
+        None,
+        description="ranks that can read without overlap; divides the batch. Default: 8, 4, 2 or 1, "
+        "whichever first does",
+    )
+    window_groups: PositiveInt = Field(4, description="row groups of a lane (1 MiB each) shuffled together")
+    prefetch_batches: PositiveInt = Field(8, description="batches made ahead")
+    mirror: bool = Field(True, description="train on mirrored latents half the time, where they are stored")
+    validation_rows: NonNegativeInt = Field(
+        256, description="held out, at most 5 % of a bucket; 0 for no validation"
+    )
+    skip_small_buckets: bool = Field(False, description="leave out buckets that do not fill one batch")
+    max_quarantined_share: float = Field(
+        0.0, ge=0, le=1, description="of the inputs; a dataset that lost more is refused"
+    )
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """One rank's share of a global batch; z_BChw in the VAE's scale, float32, freshly sampled.
+    """One rank's share of a global batch.
 
-    positions_B: each row's place in the whole run (global batch index · batch size + row), the key
-    of everything random that happens to it.
+    z_BChw: float32, sampled from the posterior, in the VAE's own scale; noise_BChw: standard normal;
+    u_B: float32 in [0, 1), for the timestep; keep_B: bool, False where the condition is dropped, with
+    the probability asked for; labels_B: int64, -1 for none; embeddings_B: (L, D) float16 or None each.
     """
 
+    keys_B: tuple[str, ...]
     z_BChw: Tensor
+    noise_BChw: Tensor
+    u_B: Tensor
+    keep_B: Tensor
     labels_B: Tensor
-    positions_B: tuple[int, ...]
+    embeddings_B: tuple[NDArray[np.float16] | None, ...]
+
+    def split(self, parts: int) -> "list[LatentBatch]":
+        """``parts`` batches of equal size, rows in order."""
+        step = len(self.keys_B) // parts
+        return [self._rows(slice(at, at + step)) for at in range(0, step * parts, step)]
+
+    def _rows(self, rows: slice) -> "LatentBatch":
+        return LatentBatch(*(value[rows] for value in vars(self).values()))
 
 
-def load_rows(dataset: LatentDataset) -> LatentRows:
-    """Read every committed file and check its SHA-256.
+class LatentLoader:
+    """Batches of a latent dataset. Opening it reads the manifest, and no data.
 
-    UserError where a file is missing or damaged, where there is no row, or where images of several
-    sizes are in the dataset.
+    UserError where the dataset cannot be trained on: see `open_catalog`; more quarantined inputs than
+    ``max_quarantined_share``; a bucket without one whole batch; a batch that lanes do not divide.
     """
-    parts = []
-    for entry in dataset.derived().manifest.to_pylist():
-        try:
-            data = dataset.filesystem.cat_file(dataset.path(entry["path"]))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{entry['path']} of unit {entry['unit']} is missing", do="encode again"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise UserError(
-                f"{entry['path']} is damaged: its SHA-256 is not the committed one",
-                do=f"remove commits/{entry['unit']}.json and encode again",
-            )
-        parts.append(read_latents(io.BytesIO(data)))
-    if not parts:
-        raise UserError(f"latent dataset {dataset.url} has no rows", do="see its quarantine folder")
-    shapes = {part.moments.mean_NChw.shape[1:] for part in parts}
-    if len(shapes) > 1:
-        raise UserError(f"latents of several sizes in {dataset.url}: {sorted(shapes)}", allowed="one size")
-    labels = [-1 if label is None else label for part in parts for label in part.labels]
-    return LatentRows(
-        tuple(key for part in parts for key in part.keys),
-        np.array(labels, np.int64),
-        np.concatenate([part.moments.mean_NChw for part in parts]),
-        np.concatenate([part.moments.std_NChw for part in parts]),
-    )
 
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        config: LoaderConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        condition_dropout: float = 0.0,
+    ) -> None:
+        self.config, self.batch_size, self.seed = config, batch_size, seed
+        self.condition_dropout = condition_dropout
+        self.lanes = config.lanes or default_lanes(batch_size)
+        if batch_size % self.lanes:
+            raise UserError(f"a batch of {batch_size} cannot be shared by {self.lanes} lanes evenly")
+        _check_quarantine(dataset, config.max_quarantined_share)
+        self.buckets = open_catalog(dataset, config.size_px)
+        held = hold_out(self.buckets, config.validation_rows, seed)
+        self.held_out = dict(zip((b.name for b in self.buckets), held, strict=True))
+        self.orders = {b.name: self._order(b) for b in self.buckets}
+        self._drop_small_buckets()
+        self.readers = {b.name: RowGroupReader(dataset, b) for b in self.buckets}
+        self.batches_per_epoch = sum(order.num_batches for order in self.orders.values())
 
-def row_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
-    """The permutation of one epoch."""
-    return np.random.Generator(np.random.Philox(keyed_seed("order", seed, epoch))).permutation(num_rows)
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(C, h, w) of every bucket that is trained on."""
+        return [bucket.shape for bucket in self.buckets if bucket.name in self.orders]
 
+    def batches(self, *, rank: int, world: int, first: int = 0) -> Iterator[LatentBatch]:
+        """Endless batches from global batch ``first`` on; rank r of w gets rows r, r + w, … of each."""
+        return prefetched(self._batches(rank, world, first), self.config.prefetch_batches)
 
-def check_batch_size(num_rows: int, batch_size: int) -> None:
-    """UserError where an epoch has no whole batch."""
-    if batch_size > num_rows:
-        raise UserError(f"{num_rows} latents cannot fill a batch of {batch_size}", allowed=f"1 to {num_rows}")
+    def validation(self, *, rank: int, world: int) -> list[LatentBatch]:
+        """The held-out rows in batches, row i on rank i mod w, with noise that is always the same."""
+        return [batch for name in self.orders for batch in self._validation(name, rank, world)]
 
+    def keys(self, *, rank: int, world: int, first: int = 0) -> Iterator[tuple[str, ...]]:
+        """The keys of `batches`, without the work of sampling."""
+        for _, rows in self._rows(rank, world, first):
+            yield tuple(rows.keys_N)
 
-def batches(
-    rows: LatentRows, *, seed: int, batch_size: int, rank: int, world: int, first: int = 0
-) -> Iterator[LatentBatch]:
-    """Endless batches from global batch ``first`` on; rank r of w gets rows r, r + w, … of each.
+    def _batches(self, rank: int, world: int, first: int) -> Iterator[LatentBatch]:
+        for epoch, rows in self._rows(rank, world, first):
+            yield self._sample(rows, epoch)
 
-    An epoch's last rows that do not fill a batch are left out of that epoch. Every worker count
-    therefore sees the same global batches. The posterior is sampled afresh, seeded by (epoch, key).
-    """
-    num_rows = len(rows.keys)
-    check_batch_size(num_rows, batch_size)
-    per_epoch = num_rows // batch_size
-    index, epoch, order = first, -1, np.empty(0, np.int64)
-    while True:
-        if index // per_epoch != epoch:
-            epoch = index // per_epoch
-            order = row_order(seed, epoch, num_rows)
-        within = np.arange(rank, batch_size, world)
-        chosen = order[index % per_epoch * batch_size + within]
-        yield LatentBatch(
-            _sample(rows, chosen, seed, epoch),
-            torch.from_numpy(rows.labels_N[chosen]),
-            tuple((index * batch_size + within).tolist()),
+    def _rows(self, rank: int, world: int, first: int) -> Iterator[tuple[int, Rows]]:
+        share = _Share(self.batch_size, self.lanes, rank, world)
+        epoch, skip = divmod(first, self.batches_per_epoch)
+        with ThreadPoolExecutor(READ_THREADS, "read-latents") as pool:
+            while True:
+                schedule = self._schedule(epoch)
+                begun: dict[str, Iterator[Rows]] = {}
+                for name, index in schedule[skip:]:
+                    if name not in begun:
+                        begun[name] = self._share_rows(name, epoch, index, share, pool)
+                    yield epoch, next(begun[name])
+                epoch, skip = epoch + 1, 0
+
+    def _schedule(self, epoch: int) -> list[tuple[str, int]]:
+        counts = {name: order.num_batches for name, order in self.orders.items()}
+        return epoch_schedule(counts, seed=self.seed, epoch=epoch)
+
+    def _share_rows(
+        self, name: str, epoch: int, first: int, share: "_Share", pool: Executor
+    ) -> Iterator[Rows]:
+        """A rank's rows of one bucket's batches, from batch ``first`` on."""
+        order, reader = self.orders[name], self.readers[name]
+        start = first * order.rows_of_lane
+
+        def read(window: Window) -> Rows:
+            rows = reader.read(window.spans).take(window.order_N)
+            return rows.take(slice(max(0, start - window.first), None))
+
+        lanes = [
+            _chunks(_read_ahead(pool, read, order.windows(epoch, lane, start)), order.rows_of_lane)
+            for lane in share.lanes
+        ]
+        for _ in range(first, order.num_batches):
+            yield Rows.concat([next(lane) for lane in lanes]).take(share.order_B)
+
+    def _sample(self, rows: Rows, epoch: int) -> LatentBatch:
+        mean_BChw, std_BChw = rows.moments
+        drawn = [self._draw(str(key), epoch, mean_BChw.shape[1:]) for key in rows.keys_N]
+        u_B3 = torch.from_numpy(np.stack([draw.u_3 for draw in drawn]))
+        if rows.mirrored is not None and self.config.mirror:
+            flip = (u_B3[:, 2] < 0.5).numpy()[:, None, None, None]
+            mean_BChw = np.where(flip, rows.mirrored.mean_NChw, mean_BChw)
+            std_BChw = np.where(flip, rows.mirrored.std_NChw, std_BChw)
+        mean, std = (torch.from_numpy(moment).float() for moment in (mean_BChw, std_BChw))
+        return LatentBatch(
+            keys_B=tuple(rows.keys_N),
+            z_BChw=mean + std * torch.from_numpy(np.stack([draw.posterior_Chw for draw in drawn])),
+            noise_BChw=torch.from_numpy(np.stack([draw.noise_Chw for draw in drawn])),
+            # In single precision a value just below 1 would be rounded to it.
+            u_B=u_B3[:, 0].float().clamp(max=1 - 2**-24),
+            keep_B=u_B3[:, 1] >= self.condition_dropout,
+            labels_B=torch.from_numpy(rows.labels_N),
+            embeddings_B=tuple(rows.embeddings_N),
         )
-        index += 1
+
+    def _draw(self, key: str, epoch: int, shape_Chw: tuple[int, ...]) -> "_Draw":
+        rng = np.random.Generator(np.random.Philox(key=keyed_seed("row", self.seed, epoch, key)))
+        u_3 = rng.random(3)
+        # One call for both: it is the calls that cost.
+        posterior, noise = rng.standard_normal((2, *shape_Chw), np.float32)
+        return _Draw(u_3, posterior, noise)
+
+    def _validation(self, name: str, rank: int, world: int) -> Iterator[LatentBatch]:
+        held_G = self.held_out[name]
+        spans = [Span(int(g), 0, int(held_G[g])) for g in np.flatnonzero(held_G)]
+        if not spans:
+            return
+        rows = self.readers[name].read(spans)
+        rows = rows.take(np.arange(rank, len(rows), world))
+        step = max(1, self.batch_size // world)
+        for at in range(0, len(rows), step):
+            yield self._sample(rows.take(slice(at, at + step)), VALIDATION_EPOCH)
+
+    def _order(self, bucket: BucketCatalog) -> BucketOrder:
+        return BucketOrder(
+            bucket.name,
+            self.held_out[bucket.name],
+            bucket.rows_G,
+            batch_size=self.batch_size,
+            lanes=self.lanes,
+            window_groups=self.config.window_groups,
+            seed=self.seed,
+        )
+
+    def _drop_small_buckets(self) -> None:
+        small = {name: order.num_rows for name, order in self.orders.items() if not order.num_batches}
+        if small and not self.config.skip_small_buckets:
+            name, num_rows = next(iter(small.items()))
+            raise UserError(
+                f"{num_rows} latents in bucket {name} cannot fill a batch of {self.batch_size}"
+                + (f", nor can those of {len(small) - 1} other buckets" if len(small) > 1 else ""),
+                do="use a smaller batch, or --train.data.skip-small-buckets true",
+            )
+        self.orders = {name: order for name, order in self.orders.items() if order.num_batches}
+        if not self.orders:
+            raise UserError(f"no bucket fills a batch of {self.batch_size}", do="use a smaller batch")
 
 
-def _sample(rows: LatentRows, chosen: NDArray[np.int64], seed: int, epoch: int) -> Tensor:
-    mean, std = (torch.from_numpy(a[chosen]).float() for a in (rows.mean_NChw, rows.std_NChw))
-    seeds = [keyed_seed("posterior", seed, epoch, rows.keys[row]) for row in chosen]
-    return Moments(mean, std).sample(keyed_normal(seeds, mean.shape[1:]))
+@dataclass(frozen=True)
+class _Draw:
+    u_3: NDArray[np.float64]
+    posterior_Chw: NDArray[np.float32]
+    noise_Chw: NDArray[np.float32]
+
+
+class _Share:
+    """Which lanes a rank reads, and how their rows become its share of a batch.
+
+    order_B: int64, over the rows of the lanes one lane after another.
+    """
+
+    def __init__(self, batch_size: int, lanes: int, rank: int, world: int) -> None:
+        rows_B = np.arange(rank, batch_size, world)
+        self.lanes = np.unique(rows_B % lanes).tolist()
+        place = {lane: at for at, lane in enumerate(self.lanes)}
+        rows_of_lane = batch_size // lanes
+        self.order_B = np.array([place[row % lanes] * rows_of_lane + row // lanes for row in rows_B.tolist()])
+
+
+def _chunks(windows: Iterable[Rows], num_rows: int) -> Iterator[Rows]:
+    """The rows of the windows, ``num_rows`` at a time; the last ones that are fewer are left out."""
+    rest: list[Rows] = []
+    for window in windows:
+        rest.append(window)
+        if sum(map(len, rest)) < num_rows:
+            continue
+        joined = Rows.concat(rest)
+        whole = len(joined) // num_rows * num_rows
+        for at in range(0, whole, num_rows):
+            yield joined.take(slice(at, at + num_rows))
+        rest = [joined.take(slice(whole, None))] if whole < len(joined) else []
+
+
+def _read_ahead(pool: Executor, read: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """``read`` of every item in order, a few of them at work ahead in ``pool``."""
+    rest = iter(items)
+    ahead = deque(pool.submit(read, item) for item in islice(rest, READ_AHEAD_WINDOWS))
+    while ahead:
+        found = ahead.popleft().result()
+        ahead.extend(pool.submit(read, item) for item in islice(rest, 1))
+        yield found
+
+
+def prefetched(source: Iterator[T], depth: int) -> Iterator[T]:
+    """The items of ``source``, up to ``depth`` of them made ahead by one thread."""
+    end = object()
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        ahead = deque(thread.submit(next, source, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(thread.submit(next, source, end))
+            yield item  # type: ignore[misc]  # the sentinel is gone
+
+
+def _check_quarantine(dataset: LatentDataset, allowed: float) -> None:
+    summary = dataset.stored_summary()
+    quarantined: dict[str, int] = summary["quarantined"]  # type: ignore[assignment]
+    inputs, lost = int(str(summary["inputs"])), sum(quarantined.values())
+    if lost > allowed * inputs:
+        needed = math.ceil(1000 * lost / inputs) / 1000
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(quarantined.items()))
+        raise UserError(
+            f"{lost} of {inputs} inputs of {dataset.url} are in quarantine ({reasons})",
+            allowed=f"a share of {allowed:g}",
+            do=f"repair them, or accept --train.data.max-quarantined-share {needed}",
+        )

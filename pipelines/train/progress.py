@@ -17,16 +17,18 @@ class DivergedError(LdmError):
 class Progress:
     """Prints where a run is. Ray forwards the lines of rank 0 to the driver; other ranks are quiet."""
 
-    def __init__(self, name: str, num_steps: int, batch_size: int, *, quiet: bool = False) -> None:
+    def __init__(
+        self, name: str, num_steps: int, batch_size: int, *, first_step: int = 0, quiet: bool = False
+    ) -> None:
         self.name, self.num_steps, self.batch_size, self.quiet = name, num_steps, batch_size, quiet
         self.started_s = self.last_s = time.monotonic()
-        self.last_step = 0
+        self.first_step = self.last_step = first_step
 
     def rates(self, step: int) -> dict[str, float]:
         """steps_per_s, images_per_s since the last call, seconds so far and seconds left."""
         now = time.monotonic()
         steps_per_s = (step - self.last_step) / max(now - self.last_s, 1e-9)
-        mean_steps_per_s = step / max(now - self.started_s, 1e-9)
+        mean_steps_per_s = (step - self.first_step) / max(now - self.started_s, 1e-9)
         self.last_s, self.last_step = now, step
         return {
             "steps_per_s": steps_per_s,

@@ -1,5 +1,7 @@
 """Ray Train, set up the one way in which this project uses it."""
 
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,33 +14,38 @@ __all__ = ["run"]
 
 
 def run(
-    worker: Callable[[dict[str, Any]], None],
+    worker: Callable[[dict[str, Any]], object],
     loop: dict[str, Any],
     *,
     num_workers: int,
     num_gpus: float,
     storage: Path,
+    min_workers: int | None = None,
+    max_failures: int = 0,
     datasets: "Mapping[str, Dataset] | None" = None,
 ) -> "Result":
     """Run ``worker(loop)`` on every training worker; the last two checkpoints stay under ``storage``.
 
-    num_gpus: of each worker; with 0 it trains on one CPU of Ray's count.
+    num_gpus: of each worker; with 0 it trains on one CPU of Ray's count. min_workers: go on with as few
+    where there are no more; max_failures: how often workers that died are started again.
     """
-    from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     return TorchTrainer(
-        worker,
+        worker,  # type: ignore[arg-type]  # what rank 0 returns becomes the result's return_value
         train_loop_config=loop,
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
+            num_workers=(min_workers, num_workers) if min_workers else num_workers,  # type: ignore[arg-type]
             use_gpu=num_gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": num_gpus} if num_gpus else {})},
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # v2 of Ray Train, which mypy takes for v1
-            name="ray_train",
+            # A name of its own: Ray would else go on with what it remembers of the run before.
+            name=f"ray_train/{time.strftime('%Y-%m-%d_%H-%M-%S')}-{uuid.uuid4().hex[:6]}",
             storage_path=str(storage.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets=dict(datasets or {}),

@@ -1,243 +1,219 @@
-"""Train a U-Net on a latent dataset with Ray Train: DDP, EMA, classifier-free condition dropout.
+"""Train a U-Net on a latent dataset with Ray Train, from its newest snapshot on.
 
-Everything random is keyed by (seed, position in the run), so a run does not depend on how many
-workers share the global batch, up to the rounding of the gradient sum.
+Everything random is keyed by (seed, epoch, key) or (seed, step). So a run that was stopped at any step ends
+with the weights of one that was not, and another number of workers changes only the rounding of sums.
 """
 
 import json
 import os
 import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from time import perf_counter
+from typing import Any, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+import torch.distributed as dist
 
-from ldm import checkpoint, unet
+from ldm import checkpoint
 from ldm.checkpoint import CheckpointInfo
-from ldm.conditioning import ClassConditioner, Conditioning, drop
-from ldm.ema import averaged
-from ldm.errors import UserError
-from ldm.latents import Whitening, keyed_normal
-from ldm.objective import NoiseSchedule, diffusion_loss, min_snr_weight
-from ldm.seeds import keyed_seed
+from ldm.ema import averaged, constant_decay
 from pipelines.dataset import LatentDataset
-from pipelines.train.loader import LatentBatch, batches, check_batch_size, load_rows
-from pipelines.train.progress import Progress, quiet_ray_train, stop_on_nan
-from pipelines.train.schedule import lr_factor
+from pipelines.train.config import UnetTraining
+from pipelines.train.loader import LatentBatch
+from pipelines.train.plan import build_unet, open_loader
+from pipelines.train.progress import DivergedError, Progress, quiet_ray_train, stop_on_nan
+from pipelines.train.snapshots import SnapshotWriter, find_snapshot, load_snapshot
+from pipelines.train.state import TrainState
 from pipelines.train.trainer import run
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-    from ray.train import Result
+__all__ = ["METRICS_FILE", "SNAPSHOTS", "export", "fit"]
 
-__all__ = ["METRICS_FILE", "UnetTraining", "fit", "plan"]
-
-# In every checkpoint: one JSON object for each logging interval so far.
+# In the output: one JSON object for each logging interval so far.
 METRICS_FILE = "metrics.jsonl"
+SNAPSHOTS = "snapshots"
+Metrics: TypeAlias = dict[str, float]
 
 
-class UnetTraining(BaseModel):
-    """How to train a U-Net on cached latents."""
+def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out: Path) -> None:
+    """Train on Ray until the last step; snapshots and metrics go to ``out``.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    preset: str = Field("small", description=f"layout: {', '.join(unet.PRESETS)}")
-    prediction: Literal["epsilon", "v_prediction", "flow"] = "v_prediction"
-    min_snr_gamma: PositiveFloat | None = Field(5.0, description="of the loss weight; none for a uniform one")
-    whitening: Literal["data", "vae"] = Field(
-        "data", description="scale of the latents: measured on the dataset, or the VAE's own config"
-    )
-    condition_dropout: float = Field(
-        0.1, ge=0, le=1, description="share of labels replaced by the null class"
-    )
-    steps: PositiveInt = 10_000
-    batch_size: PositiveInt = Field(64, description="latents per step over all workers")
-    learning_rate: PositiveFloat = 3e-4
-    warmup_steps: PositiveInt = 200
-    weight_decay: NonNegativeFloat = 0.01
-    clip_norm: PositiveFloat = 1.0
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    seed: int = 0
-    log_every: PositiveInt = 100
-    checkpoint_every: PositiveInt = 5_000
-    num_workers: PositiveInt = 1
-    num_gpus: float = Field(0.0, ge=0, description="per worker")
-    threads: PositiveInt | None = Field(None, description="torch threads per worker; default: Ray's choice")
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        return NoiseSchedule(prediction=self.prediction)
-
-
-def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> CheckpointInfo:
-    """Check all that can be wrong before Ray is started; returns what the checkpoint will say.
-
-    vae: the VAE that will decode, or None for the dataset's own. UserError where it is not the one
-    that encoded, or where batch, preset or latent size do not fit.
+    Raises DivergedError where the loss or the gradient is no finite number.
     """
-    from ldm import autoencoder
+    loop = {"dataset": dataset.url, "config": config, "info": info, "out": out.absolute()}
+    result = run(
+        _train_worker,
+        loop,
+        num_workers=config.num_workers,
+        min_workers=config.min_workers,
+        num_gpus=config.num_gpus,
+        max_failures=config.max_failures,
+        storage=out,
+    )
+    # Of Ray Train v2, where mypy sees v1.
+    diverged: str | None = result.return_value  # type: ignore[attr-defined]
+    if diverged is not None:
+        raise DivergedError(diverged)
 
-    header = dataset.header
-    vae_model = autoencoder.load(vae or header.vae)
-    checkpoint.check_vae(vae_model, header.vae_fingerprint, f"latent dataset {dataset.url}")
-    side = header.preprocess.sizes_px[0] // header.f
-    model = _build(config, (header.channels, side, side), header.class_names)
-    multiple = unet.size_multiple(model)
-    if side % multiple:
-        raise UserError(
-            f"U-Net preset {config.preset} cannot take {side}×{side} latents",
-            allowed=f"multiples of {multiple}",
-        )
-    if config.batch_size % config.num_workers:
-        raise UserError(
-            f"a batch of {config.batch_size} cannot be shared by {config.num_workers} workers evenly"
-        )
-    derived = dataset.derived()
-    if derived.stats is None:
-        raise UserError(f"latent dataset {dataset.url} has no rows", do="see its quarantine folder")
-    check_batch_size(derived.totals.rows, config.batch_size)
-    whitening = Whitening.from_stats(derived.stats) if config.whitening == "data" else vae_model.whitening
-    return CheckpointInfo(
-        step=0,
-        latent_shape=(header.channels, side, side),
-        shift=whitening.shift_C,
-        scale=whitening.scale_C,
-        vae=vae or header.vae,
-        vae_fingerprint=header.vae_fingerprint,
-        class_names=header.class_names,
+
+def export(out: Path, config: UnetTraining, info: CheckpointInfo) -> None:
+    """Write the last snapshot as a checkpoint (see `ldm.checkpoint`) into ``out``."""
+    step = find_snapshot(out / SNAPSHOTS).step
+    last = build_unet(config, info)
+    ema = averaged(last, constant_decay(0.0))
+    state = {"model": last.state_dict(), "ema": ema.state_dict()}
+    load_snapshot(out / SNAPSHOTS, step, state)
+    checkpoint.save(
+        out,
+        ema=ema.module,
+        last=last,
+        scheduler_config=config.noise_schedule.scheduler_config(),
+        info=info.model_copy(update={"step": step}),
     )
 
 
-def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, storage: Path) -> "Result":
-    """Train on Ray; checkpoints (see `ldm.checkpoint`) are kept under ``storage``."""
-    loop = {"dataset": dataset.url, "config": config, "info": info}
-    return run(_train_worker, loop, num_workers=config.num_workers, num_gpus=config.num_gpus, storage=storage)
-
-
-def loss_of(
-    model: nn.Module, batch: LatentBatch, config: UnetTraining, info: CheckpointInfo, device: torch.device
-) -> Tensor:
-    """Mean loss of one rank's share of a batch, scalar (Ho et al. 2020, algorithm 1)."""
-    schedule = config.noise_schedule
-    x0 = info.whitening.normalise(batch.z_BChw).to(device)
-    seeds = [keyed_seed("noise", config.seed, position) for position in batch.positions_B]
-    noise = keyed_normal(seeds, x0.shape[1:]).to(device)
-    u_B, keep_B = _uniform_pairs(batch, config)
-    t_B = schedule.timesteps(u_B).to(device)
-    conditioning = _conditioning(batch.labels_B, keep_B, info).to(device)
-    prediction = unet.predict(model, schedule.add_noise(x0, noise, t_B), t_B, conditioning)
-    weight_B = min_snr_weight(schedule, t_B, config.min_snr_gamma) if config.min_snr_gamma else None
-    return diffusion_loss(prediction, schedule.target(x0, noise, t_B), weight_B).mean()
-
-
-def _uniform_pairs(batch: LatentBatch, config: UnetTraining) -> tuple[Tensor, Tensor]:
-    """For each row: u in [0, 1) for its timestep, and whether it keeps its condition."""
-    pairs = [
-        torch.rand(2, generator=torch.Generator().manual_seed(keyed_seed("t", config.seed, p)))
-        for p in batch.positions_B
-    ]
-    pairs_B2 = torch.stack(pairs)
-    return pairs_B2[:, 0], pairs_B2[:, 1] >= config.condition_dropout
-
-
-def _conditioning(labels_B: Tensor, keep_B: Tensor, info: CheckpointInfo) -> Conditioning:
-    if not info.class_names:
-        return Conditioning()
-    # A row without a label trains the unconditional model.
-    labelled_B = labels_B >= 0
-    return drop(
-        Conditioning(class_labels=labels_B.clamp(min=0)),
-        keep_B & labelled_B,
-        ClassConditioner(info.class_names).null,
-    )
-
-
-def _build(
-    config: UnetTraining, shape: tuple[int, int, int], class_names: tuple[str, ...] | None
-) -> "UNet2DConditionModel":
-    return unet.build(
-        config.preset,
-        in_channels=shape[0],
-        num_classes=len(class_names) if class_names else None,
-        sample_size=shape[1],
-    )
-
-
-def _train_worker(loop: dict[str, Any]) -> None:
-    import ray.train
-    from ray.train.torch import get_device, prepare_model
+def _train_worker(loop: dict[str, Any]) -> str | None:
+    """Returns why the run diverged. Were that raised, Ray would start again what ends the same way."""
+    from ray.train.torch import get_device
 
     config: UnetTraining = loop["config"]
-    info: CheckpointInfo = loop["info"]
     quiet_ray_train()
     if config.threads:
         torch.set_num_threads(config.threads)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = torch.device(get_device())
-    torch.manual_seed(config.seed)
-    raw = _build(config, info.latent_shape, info.class_names).to(device)
-    ema = averaged(raw, config.ema_decay)
-    model = prepare_model(raw)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, config.steps, config.warmup_steps)
-    )
-    rows = load_rows(LatentDataset.open(loop["dataset"]))
-    data = batches(rows, seed=config.seed, batch_size=config.batch_size, rank=rank, world=world)
-    progress = Progress("train", config.steps, config.batch_size, quiet=rank > 0)
-    loss_sum = torch.zeros((), device=device)
-    history: list[dict[str, float]] = []
-    for step, batch in zip(range(1, config.steps + 1), data, strict=False):
-        loss = loss_of(model, batch, config, info, device)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        schedule.step()
-        ema.update_parameters(raw)
-        loss_sum += loss.detach()
+    state = TrainState(config, loop["info"], torch.device(get_device()))
+    try:
+        train(state, LatentDataset.open(loop["dataset"]), loop["out"], _report)
+    except DivergedError as error:
+        return str(error)
+    return None
+
+
+def train(state: TrainState, dataset: LatentDataset, out: Path, report: Callable[[Metrics], None]) -> None:
+    """All steps that are left, on this rank; the snapshot of the last one is published when it returns.
+
+    report: called by every rank with the metrics at each snapshot. Raises DivergedError on every rank at the
+    first interval with a loss or gradient that is no finite number.
+    """
+    config = state.config
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loader = open_loader(dataset, config)
+    start = _resume(state, out / SNAPSHOTS)
+    log = _Log(config, out / METRICS_FILE, start, rank)
+    writer = SnapshotWriter(out / SNAPSHOTS, config.keep_checkpoints)
+    held_out = loader.validation(rank=rank, world=world)
+    batches = _Timed(loader.batches(rank=rank, world=world, first=start))
+    for step in range(start + 1, config.steps + 1):
+        loss, norm = state.step(next(batches), step)
+        log.add(loss, norm)
         last = step == config.steps
         if last or step % config.log_every == 0:
-            since = step % config.log_every or config.log_every
-            metrics = {"step": step, "loss": float(loss_sum) / since, "gradient_norm": float(norm)}
+            metrics = log.close(step, batches.take_waited_s())
+            if last or step % config.validate_every < config.log_every:
+                metrics |= _validation(state, held_out)
             stop_on_nan(metrics)
-            metrics |= progress.line(step, metrics)
-            history.append(metrics)
-            loss_sum.zero_()
-            if last or step % config.checkpoint_every == 0:
-                _report_checkpoint(history, ema.module, raw, config, info, rank)
-            else:
-                ray.train.report(metrics)
+            log.write(metrics)
+        if last or step % config.snapshot_every == 0:
+            # Never into a snapshot. The norm is that of all ranks, so all of them stop.
+            stop_on_nan({"step": step, "gradient_norm": float(norm)})
+            writer.write(step, state.state())
+            # A report waits until Ray's controller looks, every two seconds: not for every line.
+            report({"step": step, "gradient_norm": float(norm)})
+    writer.wait()
 
 
-def _report_checkpoint(
-    history: list[dict[str, float]],
-    ema: nn.Module,
-    last: nn.Module,
-    config: UnetTraining,
-    info: CheckpointInfo,
-    rank: int,
-) -> None:
+def _report(metrics: Metrics) -> None:
     import ray.train
 
-    with TemporaryDirectory() as folder:
+    ray.train.report(metrics)
+
+
+def _resume(state: TrainState, snapshots: Path) -> int:
+    """Load the newest valid snapshot, the same on every rank; returns its step."""
+    found = [find_snapshot(snapshots).step if not dist.is_initialized() or dist.get_rank() == 0 else 0]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[0]:
+        stored = state.state()
+        load_snapshot(snapshots, found[0], stored)
+        state.restore(stored)
+    return found[0]
+
+
+def _validation(state: TrainState, held_out: list[LatentBatch]) -> dict[str, float]:
+    sums = torch.tensor(state.validate(held_out), dtype=torch.float64, device=state.device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return {"validation_loss": float(sums[0] / sums[1])} if sums[1] else {}
+
+
+class _Timed(Iterator[LatentBatch]):
+    """Batches, and how long was waited for them."""
+
+    def __init__(self, batches: Iterator[LatentBatch]) -> None:
+        self.batches, self.waited_s = batches, 0.0
+
+    def __next__(self) -> LatentBatch:
+        started = perf_counter()
+        batch = next(self.batches)
+        self.waited_s += perf_counter() - started
+        return batch
+
+    def take_waited_s(self) -> float:
+        waited_s, self.waited_s = self.waited_s, 0.0
+        return waited_s
+
+
+class _Log:
+    """Sums of an interval, their mean over all ranks, the lines of the metrics file (rank 0)."""
+
+    def __init__(self, config: UnetTraining, path: Path, start: int, rank: int) -> None:
+        self.path, self.rank, self.at = path, rank, start
+        self.progress = Progress("train", config.steps, config.batch_size, first_step=start, quiet=rank > 0)
+        self.losses: list[torch.Tensor] = []
+        self.norm = torch.zeros(())
+        self.started = perf_counter()
         if rank == 0:
-            checkpoint.save(
-                Path(folder),
-                ema=ema,
-                last=last,
-                scheduler_config=config.noise_schedule.scheduler_config(),
-                info=info.model_copy(update={"step": int(history[-1]["step"])}),
-            )
-            lines = [json.dumps(metrics) + "\n" for metrics in history]
-            (Path(folder) / METRICS_FILE).write_text("".join(lines))
-        where = {"node": platform.node(), "pid": os.getpid(), "device": str(next(last.parameters()).device)}
-        ray.train.report(
-            {**history[-1], **where}, ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
-        )
+            self._forget_after(start)
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        self.losses.append(loss)
+        self.norm = norm
+
+    def close(self, step: int, waited_s: float) -> dict[str, float]:
+        """Metrics of the steps since the last call: loss and gradient norm are the same on all ranks."""
+        loss = torch.stack(self.losses).double().mean()
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        seconds = perf_counter() - self.started
+        self.losses, self.started = [], perf_counter()
+        return {
+            "step": step,
+            "loss": float(loss),
+            "gradient_norm": float(self.norm),
+            "data_wait_share": waited_s / seconds,
+        }
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Print a line and append it to the file."""
+        metrics |= self.progress.line(int(metrics["step"]), metrics)
+        if self.rank == 0:
+            where = {"node": platform.node(), "pid": os.getpid(), "device": str(self.norm.device)}
+            with self.path.open("a") as file:
+                file.write(json.dumps(metrics | where) + "\n")
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be done again, and one that was torn."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")

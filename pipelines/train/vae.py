@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ldm import autoencoder
-from ldm.ema import averaged
+from ldm.ema import averaged, constant_decay
 from ldm.errors import UserError
 from ldm.image_tensors import to_model
 from ldm.latents import LatentStats
@@ -134,7 +134,7 @@ def _train_worker(loop: dict[str, VaeTraining]) -> None:
     torch.manual_seed(config.seed)
     vae = autoencoder.load(config.init).vae if config.init else autoencoder.build(config.preset)
     vae = vae.train().requires_grad_(True).to(memory_format=torch.channels_last)
-    ema = averaged(vae, config.ema_decay).to(get_device())
+    ema = averaged(vae, constant_decay(config.ema_decay)).to(get_device())
     torch.manual_seed(config.seed + 1 + rank)  # the posterior's noise differs between workers
     module = VaeLoss(vae, config.loss, config.kl_weight)
     model = prepare_model(module)

@@ -3,7 +3,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ldm.ema import averaged, decay_at
+from ldm.ema import averaged, constant_decay, power_decay
 
 
 def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -23,18 +23,18 @@ def test_the_decay_rule_is_that_of_diffusers(decay: float) -> None:
     reference = EMAModel(linear().parameters(), decay=decay)
     # diffusers counts the step that it is about to take, from 1.
     for num_updates in (1, 2, 10, 500, 10**6):
-        assert decay_at(num_updates, decay) == reference.get_decay(num_updates + 1)
+        assert constant_decay(decay)(num_updates) == reference.get_decay(num_updates + 1)
 
 
 def test_the_decay_rises_to_its_cap() -> None:
-    assert decay_at(0, 0.99) == 0.1
-    assert decay_at(8, 0.99) == 0.5
-    assert decay_at(10**9, 0.99) == 0.99
+    assert constant_decay(0.99)(0) == 0.1
+    assert constant_decay(0.99)(8) == 0.5
+    assert constant_decay(0.99)(10**9) == 0.99
 
 
 def test_the_average_is_the_recursion_written_out() -> None:
     model = linear()
-    ema = averaged(model, 0.4)
+    ema = averaged(model, constant_decay(0.4))
     expected = None
     for step in range(12):
         disturb(model, step)
@@ -49,7 +49,7 @@ def test_the_average_is_the_recursion_written_out() -> None:
 
 def test_the_average_is_that_of_diffusers() -> None:
     model = linear()
-    ema, reference = averaged(model, 0.9), EMAModel(model.parameters(), decay=0.9)
+    ema, reference = averaged(model, constant_decay(0.9)), EMAModel(model.parameters(), decay=0.9)
     for step in range(100):
         disturb(model, step)
         ema.update_parameters(model)
@@ -60,7 +60,7 @@ def test_the_average_is_that_of_diffusers() -> None:
 
 def test_the_average_is_a_copy_that_needs_no_gradients() -> None:
     model = linear()
-    ema = averaged(model, 0.9)
+    ema = averaged(model, constant_decay(0.9))
     disturb(model, 0)
     assert not torch.equal(ema.module.weight, model.weight)
     assert not any(parameter.requires_grad for parameter in ema.parameters())
@@ -69,7 +69,7 @@ def test_the_average_is_a_copy_that_needs_no_gradients() -> None:
 
 def test_small_steps_of_a_half_precision_model_are_not_lost() -> None:
     model = linear(torch.bfloat16)
-    ema = averaged(model, 0.999)
+    ema = averaged(model, constant_decay(0.999))
     nn.init.ones_(model.weight)
     ema.update_parameters(model)
     ema.n_averaged.fill_(100_000)
@@ -82,8 +82,23 @@ def test_small_steps_of_a_half_precision_model_are_not_lost() -> None:
 
 def test_buffers_are_copied() -> None:
     model = nn.BatchNorm1d(2)
-    ema = averaged(model, 0.9)
+    ema = averaged(model, constant_decay(0.9))
     for level in (1.0, 2.0, 3.0):
         model.running_mean.fill_(level)
         ema.update_parameters(model)
         assert ema.module.running_mean.tolist() == [level, level]
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_a_power_average_has_the_width_asked_for(width: float) -> None:
+    """The weights that n updates leave on the past have this spread, as a share of n."""
+    decay, total = power_decay(width), 4000
+    weights = torch.zeros(total, dtype=torch.float64)
+    for step in range(total):
+        kept = decay(step) if step else 0.0
+        weights *= kept
+        weights[step] = 1 - kept
+    at = (torch.arange(total, dtype=torch.float64) + 1) / total
+    mean = (weights * at).sum()
+    assert float(weights.sum()) == pytest.approx(1)
+    assert float((weights * (at - mean) ** 2).sum().sqrt()) == pytest.approx(width, rel=0.01)

@@ -1,0 +1,51 @@
+"""The loss of one rank's share of a batch, and the conditions that its U-Net sees."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm import unet
+from ldm.checkpoint import CheckpointInfo
+from ldm.conditioning import ClassConditioner, Conditioning, EmbeddingConditioner, drop
+from ldm.objective import diffusion_loss, min_snr_weight
+from pipelines.train.config import UnetTraining
+from pipelines.train.loader import LatentBatch
+
+__all__ = ["conditioning_of", "loss_of"]
+
+
+def loss_of(
+    model: nn.Module, batch: LatentBatch, config: UnetTraining, info: CheckpointInfo, device: torch.device
+) -> Tensor:
+    """Loss of every row, float32 (B,) (Ho et al. 2020, algorithm 1)."""
+    schedule = config.noise_schedule
+    x0 = info.whitening.normalise(batch.z_BChw.to(device))
+    noise, t_B = batch.noise_BChw.to(device), schedule.timesteps(batch.u_B).to(device)
+    conditioning = conditioning_of(batch, info).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        prediction = unet.predict(model, schedule.add_noise(x0, noise, t_B), t_B, conditioning)
+    weight_B = min_snr_weight(schedule, t_B, config.min_snr_gamma) if config.min_snr_gamma else None
+    return diffusion_loss(prediction, schedule.target(x0, noise, t_B), weight_B)
+
+
+def conditioning_of(batch: LatentBatch, info: CheckpointInfo) -> Conditioning:
+    """Labels or embeddings of the batch; rows without one, or whose condition is dropped, get the null."""
+    if info.embedding_width is not None:
+        return _embeddings(batch, info.embedding_width)
+    if not info.class_names:
+        return Conditioning()
+    # A row without a label trains the unconditional model.
+    keep_B = batch.keep_B & (batch.labels_B >= 0)
+    labels = Conditioning(class_labels=batch.labels_B.clamp(min=0))
+    return drop(labels, keep_B, ClassConditioner(info.class_names).null)
+
+
+def _embeddings(batch: LatentBatch, width: int) -> Conditioning:
+    conditioner = EmbeddingConditioner(torch.zeros(1, width))
+    null = np.zeros((1, width), np.float16)
+    present: Sequence[Tensor] = [
+        torch.from_numpy(null if embedding is None else embedding).float() for embedding in batch.embeddings_B
+    ]
+    return drop(conditioner.encode(present), batch.keep_B, conditioner.null)

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("jobs.train", "train a U-Net on a latent dataset"),
     "train-vae": ("jobs.train_vae", "train a VAE on images, or continue from another one"),
     "bench encode": ("jobs.bench_encode", "how fast and lean encoding is here, beside other ways"),
+    "bench train": ("jobs.bench_train", "how fast and lean training is here, beside other ways"),
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, MS-SSIM"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
     "decode": ("jobs.decode", "decode a latent into an image"),

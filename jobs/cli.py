@@ -23,7 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-vae": ("jobs.train_vae", "train a VAE on images, or continue from another one"),
     "bench encode": ("jobs.bench_encode", "how fast and lean encoding is here, beside other ways"),
     "bench train": ("jobs.bench_train", "how fast and lean training is here, beside other ways"),
-    "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, MS-SSIM"),
+    "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
+    "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
     "decode": ("jobs.decode", "decode a latent into an image"),
 }
@@ -76,7 +77,7 @@ def unknown_command(asked: str, known: Sequence[str]) -> str:
 
 def overview(commands: Iterable[str]) -> str:
     """The text of ``ldm --help`` for these keys of ``COMMANDS``."""
-    rows = "\n".join(f"  {command:<16}{COMMANDS[command][1]}" for command in commands)
+    rows = "\n".join(f"  {command:<18}{COMMANDS[command][1]}" for command in commands)
     return (
         "usage: ldm COMMAND [options]\n\n"
         "Train and serve latent diffusion models on Ray.\n\n"

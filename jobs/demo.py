@@ -120,7 +120,7 @@ class DemoJob(JobConfig):
         found = reconstruct(
             str(self.out / "photo_shards"), self.vae, Preprocess(sizes_px=(256,)), EvaluatePool()
         )
-        return list(found.images)
+        return sorted(found, key=lambda r: r.key)
 
     def _train(self) -> dict[str, object]:
         from jobs.train import TrainJob

@@ -20,6 +20,9 @@ class TrainVaeJob(JobConfig):
     cluster: ClusterConfig = ClusterConfig()
 
     def run(self) -> dict[str, object]:
+        """``out``, f and fingerprint of the VAE, and the last metrics; also in OUT/metrics.json."""
+        import json
+
         from ldm import autoencoder
         from pipelines.train.vae import check, export, fit
 
@@ -33,4 +36,6 @@ class TrainVaeJob(JobConfig):
                 export(Path(folder) / "vae", self.out, self.train.dtype)
         save_resolved(self, self.out / "train.yaml")
         vae = autoencoder.load(self.out)
-        return {"out": str(self.out), "f": vae.f, "fingerprint": vae.fingerprint, **result.metrics}
+        record = {"f": vae.f, "fingerprint": vae.fingerprint, **result.metrics}
+        (self.out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+        return {"out": str(self.out), **record}

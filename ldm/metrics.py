@@ -71,5 +71,5 @@ def nearest_label_share(
 
 
 def _eight_bits(image_B3HW: Tensor) -> Tensor:
-    """[-1, 1] → [0, 1] in steps of 1/255."""
-    return image_B3HW.float().clamp(-1, 1).add(1).mul(127.5).round().div(255)
+    """[-1, 1] → [0, 1] in steps of 1/255, float64: SSIM's variances are differences of near values."""
+    return image_B3HW.float().clamp(-1, 1).add(1).mul(127.5).round().double().div(255)

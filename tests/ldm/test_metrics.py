@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
@@ -47,6 +48,41 @@ def test_quality_is_that_of_scikit_image() -> None:
         assert expected < 0.99
         assert quality.ssim == pytest.approx(expected, abs=1e-4)
         assert quality.psnr_db == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1.0), abs=1e-4)
+
+
+def contrast_and_luminance(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """c·s and l of Wang et al. 2004, section III.B, at every pixel; (H, W, 3) in [0, 1]."""
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, 1.5, mode="mirror", radius=5, axes=(0, 1))
+
+    mean_a, mean_b = mean(a), mean(b)
+    variances = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
+    contrast = (2 * (mean(a * b) - mean_a * mean_b) + 0.03**2) / (variances + 0.03**2)
+    return contrast, (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+
+
+def test_ms_ssim_is_the_product_over_five_scales() -> None:
+    """Wang et al. 2003, eq. 7, in NumPy and SciPy; its parts at the finest scale are scikit-image's SSIM."""
+    original = smooth(MS_SSIM_MIN_PX)
+    degraded = (blurred(original) * 0.8 + 0.1).clamp(-1, 1)
+    for index, quality in enumerate(reconstruction_quality(original, degraded)):
+        a, b = eight_bits(original[index]).numpy(), eight_bits(degraded[index]).numpy()
+        wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        _, theirs = structural_similarity(a, b, **wang, data_range=1.0, channel_axis=2, full=True)
+        inner = (slice(5, -5), slice(5, -5))
+        np.testing.assert_allclose(
+            np.prod(contrast_and_luminance(a, b), axis=0)[inner], theirs[inner], atol=1e-9
+        )
+        expected = 1.0
+        for exponent in (0.0448, 0.2856, 0.3001, 0.2363):
+            # torchmetrics leaves the 5 pixels at the border out of contrast, and takes the product at
+            # the last scale over all.
+            expected *= contrast_and_luminance(a, b)[0][inner].mean() ** exponent
+            a, b = (x.reshape(len(x) // 2, 2, len(x) // 2, 2, 3).mean((1, 3)) for x in (a, b))
+        expected *= np.prod(contrast_and_luminance(a, b), axis=0).mean() ** 0.1333
+        assert expected < 0.99
+        assert quality.ms_ssim == pytest.approx(expected, abs=1e-4)
 
 
 def test_equal_images_are_perfect() -> None:

@@ -50,16 +50,16 @@ def test_loss_is_the_formula(vae_folder: Path, loss: str) -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
-        got, reconstruction, kl = VaeLoss(vae, loss, 0.25)(images)
+        terms = VaeLoss(vae, loss, 0.25)(images)
         torch.manual_seed(1)
         posterior = vae.encode(images).latent_dist
         mean, var = posterior.mean, posterior.std.square()
         error = vae.decode(mean + posterior.std * torch.randn(mean.shape)).sample - images
     expected = error.abs().mean() if loss == "l1" else error.square().mean()
     expected_kl = 0.5 * (mean.square() + var - 1 - var.log()).sum() / images.numel()
-    torch.testing.assert_close(reconstruction, expected)
-    torch.testing.assert_close(kl, expected_kl)
-    torch.testing.assert_close(got, expected + 0.25 * expected_kl)
+    torch.testing.assert_close(terms.reconstruction, expected)
+    torch.testing.assert_close(terms.kl, expected_kl)
+    torch.testing.assert_close(terms.loss, expected + 0.25 * expected_kl)
 
 
 def test_loss_goes_through_the_modules_own_forward_pass(vae_folder: Path) -> None:
@@ -68,8 +68,7 @@ def test_loss_goes_through_the_modules_own_forward_pass(vae_folder: Path) -> Non
     module = VaeLoss(vae, "mse", 1e-3)
     calls: list[str] = []
     module.register_forward_hook(lambda *_: calls.append("forward"))
-    loss, _, _ = module(torch.rand(1, 3, 16, 16))
-    loss.backward()
+    module(torch.rand(1, 3, 16, 16)).loss.backward()
     assert calls == ["forward"]
     assert [name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()] == []
 

@@ -1,5 +1,6 @@
 """U-Net training: the loss against its formula, its share over ranks, what is refused, one real run."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from pipelines.train.loader import LatentBatch
 from pipelines.train.loss import loss_of
 from pipelines.train.plan import open_loader, plan
 from pipelines.train.progress import DivergedError
+from pipelines.train.state import TrainState
 from pipelines.train.unet import METRICS_FILE, export, fit
 
 CPU = torch.device("cpu")
@@ -51,52 +54,73 @@ def batch_of(
     return next(stream)
 
 
-def by_hand(
+def loss_by_diffusers(
     model: UNet2DConditionModel, batch: LatentBatch, config: UnetTraining, info: CheckpointInfo
 ) -> Tensor:
-    """The loss of each row without min-SNR, with diffusers' own schedule."""
-    alpha_bar = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    ).alphas_cumprod
-    losses = []
-    rows = zip(batch.z_BChw, batch.noise_BChw, batch.u_B.tolist(), batch.keep_B.tolist(), strict=True)
-    for (z, noise, u, keep), label in zip(rows, batch.labels_B.tolist(), strict=True):
-        x0 = (z - torch.tensor(info.shift).view(3, 1, 1)) / torch.tensor(info.scale).view(3, 1, 1)
-        t = 1000 * u if config.prediction == "flow" else int(1000 * u)
-        a, s = (1 - u, u) if config.prediction == "flow" else (alpha_bar[t] ** 0.5, (1 - alpha_bar[t]) ** 0.5)
-        target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "flow": noise - x0}
-        shown = label if keep and label >= 0 else NULL
-        (prediction,) = model(
-            (a * x0 + s * noise)[None],
-            torch.tensor([t]),
-            encoder_hidden_states=None,
-            class_labels=torch.tensor([shown]),
-            return_dict=False,
-        )
-        losses.append((prediction[0] - target[config.prediction]).square().mean())
-    return torch.stack(losses)
+    """The loss of each row as diffusers' training scripts get it: its schedulers add noise and name targets."""
+    shift, scale = (torch.tensor(value).view(1, 3, 1, 1) for value in (info.shift, info.scale))
+    x0, noise = (batch.z_BChw - shift) / scale, batch.noise_BChw
+    if config.prediction == "flow":
+        t = 1000 * batch.u_B
+        noisy, target = FlowMatchEulerDiscreteScheduler().scale_noise(x0, t, noise), noise - x0
+    else:
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        t = (1000 * batch.u_B).long()
+        noisy = scheduler.add_noise(x0, noise, t)
+        target = noise if config.prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
+    labels = torch.where(batch.keep_B & (batch.labels_B >= 0), batch.labels_B, NULL)
+    (prediction,) = model(noisy, t, encoder_hidden_states=None, class_labels=labels, return_dict=False)
+    loss = (prediction - target).square().mean((1, 2, 3))
+    if config.min_snr_gamma is not None:
+        snr = compute_snr(scheduler, t)
+        divisor = snr if config.prediction == "epsilon" else snr + 1
+        loss = loss * snr.clamp(max=config.min_snr_gamma) / divisor
+    return loss
+
+
+def on_the_grid(batch: LatentBatch) -> LatentBatch:
+    """With whole timesteps, which are the only ones that diffusers' flow scheduler knows."""
+    k = torch.arange(1, 1001)
+    whole = k[(k / 1000) * 1000 == k] / 1000
+    return replace(batch, u_B=whole[(batch.u_B[:, None] - whole).abs().argmin(1)])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gamma"),
+    [("epsilon", None), ("epsilon", 5.0), ("v_prediction", None), ("v_prediction", 5.0), ("flow", None)],
+)
+def test_loss_is_that_of_diffusers_schedulers(
+    dataset: LatentDataset, model: UNet2DConditionModel, prediction: str, gamma: float | None
+) -> None:
+    config = training(prediction=prediction, min_snr_gamma=gamma, condition_dropout=0.5)
+    info = plan(dataset, config, None)
+    for index in range(4):
+        batch = on_the_grid(batch_of(dataset, config, index=index))
+        with torch.no_grad():
+            loss = loss_of(model, batch, config, info, CPU)
+            expected = loss_by_diffusers(model, batch, config, info)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
-def test_loss_is_the_formula(dataset: LatentDataset, model: UNet2DConditionModel, prediction: str) -> None:
-    config = training(prediction=prediction, min_snr_gamma=None, condition_dropout=0.5)
+def test_one_step_is_that_of_a_loop_over_diffusers(dataset: LatentDataset, prediction: str) -> None:
+    """Weights after a step of ours, and after loss, clipping and AdamW as diffusers' scripts have them."""
+    config = training(
+        prediction=prediction, min_snr_gamma=None, condition_dropout=0.5, warmup_steps=1, schedule="constant"
+    )
     info = plan(dataset, config, None)
-    batch = batch_of(dataset, config)
-    with torch.no_grad():
-        loss = loss_of(model, batch, config, info, CPU)
-        torch.testing.assert_close(loss, by_hand(model, batch, config, info), rtol=1e-5, atol=0)
-
-
-def test_min_snr_weighs_every_row(dataset: LatentDataset, model: UNet2DConditionModel) -> None:
-    plain, weighted = training(min_snr_gamma=None), training(min_snr_gamma=5.0)
-    info = plan(dataset, plain, None)
-    batch = batch_of(dataset, plain)
-    alpha_bar = plain.noise_schedule.alphas_cumprod
-    at = alpha_bar[(1000 * batch.u_B).long()]
-    snr = at / (1 - at)
-    with torch.no_grad():
-        expected = loss_of(model, batch, plain, info, CPU) * snr.clamp(max=5.0) / (snr + 1)
-        torch.testing.assert_close(loss_of(model, batch, weighted, info, CPU), expected, rtol=1e-5, atol=0)
+    batch = on_the_grid(batch_of(dataset, config))
+    state = TrainState(config, info, CPU)
+    reference = copy.deepcopy(state.raw)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    loss = loss_by_diffusers(reference, batch, config, info).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), config.clip_norm)
+    optimizer.step()
+    got, _ = state.step(batch, 1)
+    assert float(got) == pytest.approx(float(loss.detach()), rel=1e-6)
+    for ours, theirs in zip(state.raw.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_every_weight_gets_a_gradient(dataset: LatentDataset, model: UNet2DConditionModel) -> None:

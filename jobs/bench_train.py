@@ -3,11 +3,13 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from jobs.bench.turns import Line, Way, rate_of, take_turns
 from jobs.config import JobConfig
 
 __all__ = ["BenchTrainJob"]
@@ -25,7 +27,10 @@ class BenchTrainJob(JobConfig):
 
     only: tuple[Part, ...] = Field(PARTS, description=f"some of: {', '.join(PARTS)}")
     seconds: PositiveFloat = Field(60.0, description="of steady state, in each way of training")
-    threads: PositiveInt = Field(os.cpu_count() or 1, description="of torch, in every way")
+    threads: PositiveInt = Field(
+        max(1, (os.cpu_count() or 1) - 1),
+        description="of torch, in every way; by default a core is left to what else a node of Ray runs",
+    )
     preset: str = Field("small", description="U-Net that is trained")
     rows: tuple[PositiveInt, PositiveInt] = Field(
         (10_000, 1_000_000), description="of the small and large set"
@@ -49,25 +54,28 @@ class BenchTrainJob(JobConfig):
         return result
 
     def _speed(self, folder: Path) -> dict[str, float]:
-        """``ldm train`` between two bare loops on the small set, then on the large one."""
+        """``ldm train`` and a bare loop in turns, with the threads asked for and with one for every core."""
         few, many = (folder / f"rows-{rows}" for rows in self.rows)
-        before = self._rate("bare", few, self._config())
-        trained = self._train(few, folder / "train-few", before)
-        after = self._rate("bare", few, self._config())
-        large = self._train(many, folder / "train-many", before)
-        bare = (before + after) / 2
-        return {
-            "bare_images_per_s": bare,
-            "bare_drift": after / before,
-            "train_images_per_s": trained["rate"],
-            "speed": trained["rate"] / bare,
-            "data_wait": max(trained["wait"], large["wait"]),
-        }
+        figures: dict[str, float] = {}
+        for suffix, threads in (("", self.threads), ("_all_cores", os.cpu_count() or 1)):
+            ways = {"bare": self._way("bare", few, threads), "train": self._train(few, threads)}
+            lines = take_turns(ways, self.seconds)
+            bare, train = (64 * rate_of(lines[name]) for name in ways)
+            figures |= {
+                f"bare_images_per_s{suffix}": bare,
+                f"train_images_per_s{suffix}": train,
+                f"speed{suffix}": train / bare,
+                f"data_wait_small_set{suffix}": _waited(lines["train"]),
+            }
+        large = take_turns({"train": self._train(many, self.threads)}, self.seconds)["train"]
+        waits = [value for name, value in figures.items() if name.startswith("data_wait")]
+        return figures | {"data_wait": max(*waits, _waited(large))}
 
     def _loader(self, folder: Path) -> dict[str, float]:
-        """The loader alone, on the large set, beside training on it."""
+        """The loader alone and training on it in turns, on the large set."""
         many = folder / f"rows-{self.rows[1]}"
-        alone, trained = (self._rate(way, many, self._config()) for way in ("loader", "cached"))
+        ways = {way: self._way(way, many, self.threads) for way in ("loader", "cached")}
+        alone, trained = (64 * rate_of(lines) for lines in take_turns(ways, self.seconds).values())
         return {"loader_images_per_s": alone, "loader_ratio": alone / trained}
 
     def _memory(self, folder: Path) -> dict[str, float]:
@@ -76,8 +84,9 @@ class BenchTrainJob(JobConfig):
 
         peaks = []
         for rows in self.rows:
-            arguments = self._arguments("loader", folder / f"rows-{rows}", self._config())
-            peaks.append(run_measured(arguments, with_memory=True).peak_mb)
+            way = self._way("loader", folder / f"rows-{rows}", self.threads)
+            arguments = [*way.arguments, str(self.seconds)]
+            peaks.append(run_measured(arguments, with_memory=True, environment=way.environment).peak_mb)
         return {
             "loader_few_mb": peaks[0],
             "loader_many_mb": peaks[1],
@@ -89,44 +98,47 @@ class BenchTrainJob(JobConfig):
         from jobs.bench.latents import write_latents
 
         latents = write_latents(folder / "rows-256px", 2000, side=32, unit_size=250)
-        config = self._config() | {"batch_size": 16}
-        cached, online = (self._rate(way, latents, config) for way in ("cached", "online"))
+        ways = {way: self._way(way, latents, self.threads, batch_size=16) for way in ("cached", "online")}
+        cached, online = (16 * rate_of(lines) for lines in take_turns(ways, self.seconds).values())
         return {
             "cached_images_per_s": cached,
             "online_images_per_s": online,
             "caching_speedup": cached / online,
         }
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, threads: int, **options: object) -> dict[str, Any]:
         return {
             "preset": self.preset,
             "batch_size": 64,
-            "threads": self.threads,
+            "threads": threads,
             "data": {"validation_rows": 0},
+            **options,
         }
 
-    def _rate(self, way: str, dataset: Path, config: dict[str, Any]) -> float:
-        from jobs.bench.processes import run_measured
+    def _way(self, way: str, dataset: Path, threads: int, **options: object) -> Way:
+        from pipelines.train.trainer import MALLOC
 
-        measured = json.loads(run_measured(self._arguments(way, dataset, config)).output.splitlines()[-1])
-        return float(measured["images"] / measured["seconds"])
+        config = json.dumps(self._config(threads, **options))
+        log = Path(tempfile.mkdtemp(dir=dataset.parent)) / f"{way}.jsonl"
+        arguments = ["-m", "jobs.bench.train_ways", way, str(dataset), str(log), str(threads), config]
+        # The product's parts have the allocator that `ldm train` gives them, the bare loop that of Python.
+        return Way(arguments, log, {} if way == "bare" else MALLOC)
 
-    def _arguments(self, way: str, dataset: Path, config: dict[str, Any]) -> list[str]:
-        shared = [str(dataset), str(self.seconds), str(self.threads), json.dumps(config)]
-        return ["-m", "jobs.bench.train_ways", way, *shared]
+    def _train(self, dataset: Path, threads: int) -> Way:
+        """``ldm train`` until it is killed."""
+        from pipelines.train.unet import METRICS_FILE
 
-    def _train(self, dataset: Path, out: Path, expected_rate: float) -> dict[str, float]:
-        """Images/s and share of time waited for data in ``ldm train``, without its first two intervals."""
-        from jobs.bench.processes import run_measured
+        never = 10**9
+        options = {"steps": never, "log_every": 4, "checkpoint_every": never, "validate_every": never}
+        out = Path(tempfile.mkdtemp(dir=dataset.parent)) / "out"
+        config = out.with_suffix(".yaml")
+        config.write_text(json.dumps({"train": self._config(threads, schedule="constant", **options)}))
+        arguments = ["-m", "jobs.cli", "train", str(dataset), str(out), "--config", str(config)]
+        return Way(arguments, out / METRICS_FILE)
 
-        # Six intervals: two to warm up, and four that last as long as the bare loop.
-        interval = max(1, int(expected_rate * self.seconds / 4 / 64))
-        options = {**self._config(), "steps": 6 * interval, "log_every": interval}
-        options |= {"checkpoint_every": 12 * interval, "validate_every": 12 * interval}
-        config = out.with_suffix(".json.yaml")
-        config.write_text(json.dumps({"train": options}))
-        run_measured(["-m", "jobs.cli", "train", str(dataset), str(out), "--config", str(config)])
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][2:]
-        seconds = [64 * interval / line["images_per_s"] for line in lines]
-        waited = [line["data_wait_share"] * s for line, s in zip(lines, seconds, strict=True)]
-        return {"rate": 64 * interval * len(lines) / sum(seconds), "wait": sum(waited) / sum(seconds)}
+
+def _waited(lines: Sequence[Line]) -> float:
+    """Share of time in which a training waited for data."""
+    seconds = [1 / line["steps_per_s"] for line in lines]
+    waited = [line["data_wait_share"] * s for line, s in zip(lines, seconds, strict=True)]
+    return sum(waited) / sum(seconds)

@@ -1,10 +1,11 @@
 """Memory of a command and of everything that it starts."""
 
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +30,23 @@ class Measured:
     started_at: float
 
 
-def run_measured(arguments: Sequence[str], *, with_memory: bool = False) -> Measured:
+def run_measured(
+    arguments: Sequence[str], *, with_memory: bool = False, environment: Mapping[str, str] | None = None
+) -> Measured:
     """Run ``python`` with these arguments; RuntimeError with the end of its log where it fails.
 
-    with_memory: else peak_mb is 0. Looking at it costs the command some of its time.
+    with_memory: else peak_mb is 0. Looking at it costs the command some of its time. environment: beside
+    that of this process.
     """
     started_at = time.time()
     command = [sys.executable, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    ) as process:
         peaks = [0.0]
         if with_memory:
             threading.Thread(target=_watch, args=(process, peaks), daemon=True).start()

@@ -1,20 +1,23 @@
 """Ways of training on the same latents, each in a process of its own, for ``ldm bench train``.
 
-usage: python -m jobs.bench.train_ways WAY DATASET SECONDS THREADS CONFIG   (CONFIG: UnetTraining as JSON)
+usage: python -m jobs.bench.train_ways WAY DATASET LOG THREADS CONFIG [SECONDS]
+CONFIG is UnetTraining as JSON.
 
 bare      a plain loop; all tensors in memory, batches by index
 loader    the product's loader alone
 cached    the product's step on the product's loader, without Ray
 online    the product's step on latents that the VAE makes in the loop, from pixels in memory
 
-Prints one JSON line: images and seconds of the steady state.
+Appends a JSON line with steps_per_s to LOG about every second, for SECONDS or until it is killed.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle, islice
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
     from pipelines.train.config import UnetTraining
     from pipelines.train.loader import LatentBatch
 
-WARM_UP_S = 5.0
+LINE_S = 1.0
 
 
-def main(way: str, url: str, seconds: str, threads: str, config: str) -> None:
+def main(way: str, url: str, log: str, threads: str, config: str, seconds: str = "inf") -> None:
     import torch
 
     from pipelines.dataset import LatentDataset
@@ -34,19 +37,28 @@ def main(way: str, url: str, seconds: str, threads: str, config: str) -> None:
 
     torch.set_num_threads(int(threads))
     training = UnetTraining.model_validate_json(config)
-    step = WAYS[way](LatentDataset.open(url), training)
-    print(json.dumps(_measure(step, float(seconds), training.batch_size)))
+    _repeat(WAYS[way](LatentDataset.open(url), training), Path(log), float(seconds))
 
 
-def _measure(step: Callable[[], Any], seconds: float, batch_size: int) -> dict[str, float]:
-    begin = perf_counter()
-    while perf_counter() - begin < WARM_UP_S:
-        step()
+def _repeat(step: Callable[[], object], log: Path, seconds: float) -> None:
+    """Steps for so long, but no longer than the process lives that started this one."""
+    started_by, steps_per_line, end = os.getppid(), _steps_per_line(step), perf_counter() + seconds
+    while os.getppid() == started_by and perf_counter() < end:
+        begin = perf_counter()
+        for _ in range(steps_per_line):
+            step()
+        with log.open("a") as file:
+            file.write(json.dumps({"steps_per_s": steps_per_line / (perf_counter() - begin)}) + "\n")
+
+
+def _steps_per_line(step: Callable[[], object]) -> int:
+    """The same for all lines of this process: their mean is that of their steps."""
+    step()
     begin, steps = perf_counter(), 0
-    while perf_counter() - begin < seconds:
+    while perf_counter() - begin < LINE_S:
         step()
         steps += 1
-    return {"images": steps * batch_size, "seconds": perf_counter() - begin}
+    return steps
 
 
 def _bare(dataset: "LatentDataset", config: "UnetTraining") -> Callable[[], None]:

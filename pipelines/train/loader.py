@@ -161,9 +161,8 @@ class LatentLoader:
         order, reader = self.orders[name], self.readers[name]
         start = first * order.rows_of_lane
 
-        def read(window: Window) -> Rows:
-            rows = reader.read(window.spans).take(window.order_N)
-            return rows.take(slice(max(0, start - window.first), None))
+        def read(window: Window) -> _Shuffled:
+            return _Shuffled(reader.read(window.spans), window.order_N[max(0, start - window.first) :])
 
         lanes = [
             _chunks(_read_ahead(pool, read, order.windows(epoch, lane, start)), order.rows_of_lane)
@@ -242,6 +241,17 @@ class _Draw:
     noise_Chw: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class _Shuffled:
+    """Rows as they were read, and the order in which they come: a shuffled copy would be as large again."""
+
+    rows: Rows
+    order_N: NDArray[np.int64]
+
+    def take(self, start: int, stop: int) -> Rows:
+        return self.rows.take(self.order_N[start:stop])
+
+
 class _Share:
     """Which lanes a rank reads, and how their rows become its share of a batch.
 
@@ -256,18 +266,18 @@ class _Share:
         self.order_B = np.array([place[row % lanes] * rows_of_lane + row // lanes for row in rows_B.tolist()])
 
 
-def _chunks(windows: Iterable[Rows], num_rows: int) -> Iterator[Rows]:
+def _chunks(windows: Iterable[_Shuffled], num_rows: int) -> Iterator[Rows]:
     """The rows of the windows, ``num_rows`` at a time; the last ones that are fewer are left out."""
-    rest: list[Rows] = []
+    parts: list[Rows] = []
+    missing = num_rows
     for window in windows:
-        rest.append(window)
-        if sum(map(len, rest)) < num_rows:
-            continue
-        joined = Rows.concat(rest)
-        whole = len(joined) // num_rows * num_rows
-        for at in range(0, whole, num_rows):
-            yield joined.take(slice(at, at + num_rows))
-        rest = [joined.take(slice(whole, None))] if whole < len(joined) else []
+        at = 0
+        while at + missing <= len(window.order_N):
+            parts.append(window.take(at, at + missing))
+            yield Rows.concat(parts)
+            at, parts, missing = at + missing, [], num_rows
+        parts.append(window.take(at, len(window.order_N)))
+        missing -= len(parts[-1])
 
 
 def _read_ahead(pool: Executor, read: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:

@@ -122,10 +122,10 @@ def test_other_ranks_change_only_the_rounding(folder: Path, tmp_path: Path) -> N
 
 
 def test_shares_that_are_not_equal_are_the_same_training(folder: Path, tmp_path: Path) -> None:
-    """Three ranks of four, with 3, 3 and 2 of 8 rows in two parts each."""
-    options = {"steps": 6, "num_workers": 4, "accumulate": 2}
-    train_on(3, tmp_path, folder, OPTIONS | options)
-    run(folder, tmp_path / "one", steps=6)
+    """Two ranks of seven, with 4 and 3 of 7 rows in three parts each."""
+    options = {"steps": 4, "batch_size": 7}
+    train_on(2, tmp_path, folder, OPTIONS | options | {"num_workers": 7})
+    run(folder, tmp_path / "one", **options)
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 

@@ -8,10 +8,10 @@ each pair of runs, at six steps, the largest relative difference of a step's los
 weights, |a - b| / |a| as 2-norms over all of them; then the drift of 2 → 1 → 4 from 1 ÷ the largest of two
 undisturbed runs.
 
-Took 7 minutes for 300 steps on 2 CPU cores that other work shared (2026-11-25). At the end: losses within 2.0e-7
-between undisturbed runs, 2.1e-7 for 2 → 1 → 4 (fp32 rounds a number by up to 6e-8); weights within 5.2e-7 and
-4.4e-7; ratios 1.07 and 0.83. From step 100 to 300 the difference of two undisturbed runs' weights changes by less
-than 3 %.
+Took 7 minutes for 300 steps on 2 CPU cores that other work shared (2026-11-25). At the end: losses within
+2.0e-7 between undisturbed runs, 2.1e-7 for 2 → 1 → 4 (fp32 rounds a number by up to 6e-8); weights within
+5.2e-7 and 4.4e-7; ratios 1.07 and 0.83. From step 100 to 300 the difference of two undisturbed runs' weights
+changes by less than 3 %.
 """
 
 import argparse

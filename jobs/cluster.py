@@ -56,6 +56,8 @@ def connected(config: ClusterConfig, *, worker_logs: bool = False, spare_cpus: i
     the cluster at ``config.address`` cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Train would print every line twice: as it is and as a log record.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray
 
     if ray.is_initialized():
@@ -112,8 +114,6 @@ def _own_dashboard_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    # Ray Train would print every line twice: as it is and as a log record.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     return port
 
 

@@ -37,7 +37,7 @@ class UnetTraining(BaseModel):
     data: LoaderConfig = LoaderConfig()
     steps: PositiveInt = 10_000
     batch_size: PositiveInt = Field(64, description="latents per step over all workers")
-    accumulate: PositiveInt = Field(1, description="parts of a worker's share that are computed in turn")
+    accumulate: PositiveInt = Field(1, description="parts of a worker's share, on num_workers, in turn")
     learning_rate: PositiveFloat = 3e-4
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     warmup_steps: PositiveInt = 200
@@ -61,6 +61,7 @@ class UnetTraining(BaseModel):
     keep_checkpoints: PositiveInt = Field(3, ge=2, description="an older one helps if the newest is torn")
     num_workers: PositiveInt = 1
     min_workers: PositiveInt | None = Field(None, description="go on with as few; default: num_workers")
+    resize_check_s: PositiveFloat = Field(60.0, description="how often to look for room for more workers")
     num_gpus: float = Field(0.0, ge=0, description="per worker")
     threads: PositiveInt | None = Field(None, description="torch threads per worker; default: Ray's choice")
     max_failures: NonNegativeInt = Field(3, description="of workers, after which the job gives up")
@@ -69,15 +70,24 @@ class UnetTraining(BaseModel):
     def _check(self) -> "UnetTraining":
         if self.zero_terminal_snr and self.prediction != "v_prediction":
             raise ValueError("zero_terminal_snr needs v_prediction: epsilon says nothing at zero SNR")
-        for workers in (self.min_workers or self.num_workers, self.num_workers):
-            if self.batch_size % (workers * self.accumulate):
-                parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
-                raise ValueError(
-                    f"a batch of {self.batch_size} cannot be shared by {workers} workers evenly{parts}"
-                )
+        # Of fewer workers some get a row more than others: only that number is known before.
+        if self.batch_size % (self.num_workers * self.accumulate):
+            parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
+            raise ValueError(
+                f"a batch of {self.batch_size} cannot be shared by {self.num_workers} workers evenly{parts}"
+            )
         if (self.min_workers or 0) > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
         return self
+
+    def parts(self, world: int) -> int:
+        """Parts of a rank's share that are computed in turn, the same on every rank.
+
+        On fewer workers than num_workers a share is larger: there are as many more parts, so that a part
+        has no more rows than on num_workers, or one more.
+        """
+        of_full = self.num_workers * self.accumulate
+        return max(1, -(-(self.batch_size // world) * of_full // self.batch_size))
 
     @property
     def snapshot_every(self) -> int:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -77,9 +77,9 @@ class LatentBatch:
     embeddings_B: tuple[NDArray[np.float16] | None, ...]
 
     def split(self, parts: int) -> "list[LatentBatch]":
-        """``parts`` batches of equal size, rows in order."""
-        step = len(self.keys_B) // parts
-        return [self._rows(slice(at, at + step)) for at in range(0, step * parts, step)]
+        """``parts`` batches, rows in order; sizes differ by one where that does not divide."""
+        ends = [len(self.keys_B) * part // parts for part in range(parts + 1)]
+        return [self._rows(slice(*bounds)) for bounds in pairwise(ends)]
 
     def _rows(self, rows: slice) -> "LatentBatch":
         return LatentBatch(*(value[rows] for value in vars(self).values()))

@@ -18,7 +18,8 @@ __all__ = ["check_resume", "read_record", "record_of", "write_record"]
 RECORD_FILE = "run.json"
 # What may change from one start to the next without changing what is learned, but for rounding.
 FREE = {
-    "train.num_workers", "train.min_workers", "train.num_gpus", "train.threads", "train.log_every",
+    "train.num_workers", "train.min_workers", "train.resize_check_s", "train.num_gpus", "train.threads",
+    "train.log_every",
     "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.max_failures",
     "train.compile", "train.gradient_checkpointing", "train.parallel", "train.data.prefetch_batches",
     "train.data.max_quarantined_share", "info.vae", "info.step", "info.text_encoder", "dataset.url",

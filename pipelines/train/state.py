@@ -62,8 +62,9 @@ class TrainState:
         return torch.compile(model) if self.config.compile else model  # type: ignore[return-value]
 
     def step(self, batch: LatentBatch, step: int) -> tuple[Tensor, Tensor]:
-        """Learn from this rank's share of a global batch; returns its mean loss and the gradient norm.
+        """Learn from this rank's share of a global batch; returns loss and gradient norm.
 
+        The mean of all ranks' losses is the mean over the global batch.
         step: from 1. The learning rate and whatever the layers draw depend on it alone, so a run that
         goes on after a restart needs no state of a schedule or a generator.
         """
@@ -78,11 +79,14 @@ class TrainState:
         return loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _backward(self, batch: LatentBatch) -> Tensor:
-        parts = batch.split(self.config.accumulate)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        parts = batch.split(self.config.parts(world))
         losses = []
         for index, part in enumerate(parts):
             with nullcontext() if index == len(parts) - 1 else self._no_sync():
-                loss = loss_of(self.model, part, self.config, self.info, self.device).mean() / len(parts)
+                loss_B = loss_of(self.model, part, self.config, self.info, self.device)
+                # Of this the mean over ranks is the batch's mean, however many rows a rank has.
+                loss = loss_B.sum() * (world / self.config.batch_size)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's own
             losses.append(loss.detach())
         return torch.stack(losses).sum()

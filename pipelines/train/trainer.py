@@ -30,13 +30,15 @@ def run(
     num_gpus: float,
     storage: Path,
     min_workers: int | None = None,
+    resize_check_s: float = 60.0,
     max_failures: int = 0,
     datasets: "Mapping[str, Dataset] | None" = None,
 ) -> "Result":
     """Run ``worker(loop)`` on every training worker; the last two checkpoints stay under ``storage``.
 
     num_gpus: of each worker; with 0 it trains on one CPU of Ray's count. min_workers: go on with as few
-    where there are no more; max_failures: how often workers that died are started again.
+    where there are no more, and look every resize_check_s whether there is room for another number;
+    max_failures: how often workers that died are started again.
     """
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -44,8 +46,9 @@ def run(
     return TorchTrainer(
         worker,  # type: ignore[arg-type]  # what rank 0 returns becomes the result's return_value
         train_loop_config=loop,
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # as below
             num_workers=(min_workers, num_workers) if min_workers else num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=resize_check_s,
             use_gpu=num_gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": num_gpus} if num_gpus else {})},
         ),

@@ -46,6 +46,7 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out:
         loop,
         num_workers=config.num_workers,
         min_workers=config.min_workers,
+        resize_check_s=config.resize_check_s,
         num_gpus=config.num_gpus,
         max_failures=config.max_failures,
         storage=out,
@@ -198,7 +199,13 @@ class _Log:
         """Print a line and append it to the file."""
         metrics |= self.progress.line(int(metrics["step"]), metrics)
         if self.rank == 0:
-            where = {"node": platform.node(), "pid": os.getpid(), "device": str(self.norm.device)}
+            workers = dist.get_world_size() if dist.is_initialized() else 1
+            where = {
+                "workers": workers,
+                "node": platform.node(),
+                "pid": os.getpid(),
+                "device": str(self.norm.device),
+            }
             with self.path.open("a") as file:
                 file.write(json.dumps(metrics | where) + "\n")
 

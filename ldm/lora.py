@@ -1,6 +1,6 @@
 """LoRA: a U-Net whose weights stay as they are, with a low-rank update beside some of them (Hu et al. 2021).
 
-W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank); B is 0 at first, so training begins at the base.
+W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank); B is 0 at first: training begins at the base.
 The layers are peft's, and the file is the one that diffusers' ``load_lora_adapter`` reads.
 """
 

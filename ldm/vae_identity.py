@@ -114,8 +114,8 @@ def identify(name: str) -> VaeIdentity:
 
 def fingerprint_of(class_name: str, config: Config, weights: Iterable[NamedArray]) -> str:
     """`ldm.fingerprint.sha256_of` a VAE with this config."""
-    defaults = STRUCTURE[class_name]
-    return sha256_of(class_name, {key: config.get(key, default) for key, default in defaults.items()}, weights)
+    structure = {key: config.get(key, default) for key, default in STRUCTURE[class_name].items()}
+    return sha256_of(class_name, structure, weights)
 
 
 def spatial_factor(config: Config) -> int:

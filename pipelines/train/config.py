@@ -28,7 +28,7 @@ class UnetTraining(BaseModel):
 
     preset: str = Field("small", description=f"layout: {', '.join(unet.PRESETS)}")
     init: str | None = Field(None, description="U-Net to start from instead: a folder in diffusers' format")
-    lora: LoraTraining | None = Field(None, description="train an update of low rank to init, not its weights")
+    lora: LoraTraining | None = Field(None, description="train a low-rank update of init instead")
     prediction: Literal["epsilon", "v_prediction", "flow"] = "v_prediction"
     zero_terminal_snr: bool = Field(False, description="the last timestep is pure noise (v_prediction)")
     min_snr_gamma: PositiveFloat | None = Field(5.0, description="of the loss weight; none for a uniform one")

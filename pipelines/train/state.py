@@ -122,7 +122,7 @@ class TrainState:
 
 
 def trained_weights(model: nn.Module, ema: "AveragedModel") -> dict[str, dict[str, Any]]:
-    """The tensors of ``model`` but for its frozen weights, and of the average as far as it moves with them."""
+    """The weights of ``model`` that are not frozen, and the average's weights of the same names."""
     trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     names = {"n_averaged", *(f"module.{name}" for name in trained)}
     averages = get_model_state_dict(ema)

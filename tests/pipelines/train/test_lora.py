@@ -1,5 +1,6 @@
-"""LoRA in training: what moves and what is kept, on one rank and several, and what diffusers makes of the result."""
+"""LoRA in training: what moves and what is kept, on one rank and two, and what diffusers makes of it."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from ldm import checkpoint, unet
+from ldm.errors import UserError
 from pipelines.dataset import LatentDataset
 from pipelines.train.config import UnetTraining
-from pipelines.train.plan import build_unet, plan
+from pipelines.train.plan import build_unet, open_loader, plan
 from pipelines.train.snapshots import snapshot_folder
 from pipelines.train.state import TrainState
 from pipelines.train.unet import SNAPSHOTS, export
@@ -102,12 +104,22 @@ def test_a_stopped_run_ends_with_the_same_bits(
 
 
 def test_the_first_step_depends_on_the_seed_alone(folder: Path, options: dict[str, Any]) -> None:
-    first, torch_seed = new_state(folder, **options), torch.seed()
-    assert torch_seed
+    first = new_state(folder, **options)
+    torch.seed()
     assert_same_bits(new_state(folder, **options).state(), first.state())
     other = new_state(folder, seed=1, **options).state()["model"]
     same = [name for name, value in first.state()["model"].items() if torch.equal(value, other[name])]
     assert same == [name for name in other if ".lora_B" in name]
+
+
+def test_the_average_has_no_dropout_and_no_base_of_its_own(folder: Path, options: dict[str, Any]) -> None:
+    state = new_state(folder, **options | {"lora": {"dropout": 0.9}})
+    loader = open_loader(LatentDataset.open(folder), state.config)
+    state.step(next(loader.batches(rank=0, world=1)), 1)
+    held_out = loader.validation(rank=0, world=1)
+    assert state.validate(held_out) == state.validate(held_out)
+    shared = zip(state.raw.parameters(), state.ema.module.parameters(), strict=True)
+    assert all((ours.data_ptr() == mean.data_ptr()) != ours.requires_grad for ours, mean in shared)
 
 
 @pytest.mark.parametrize("option", [{"gradient_checkpointing": True}, {"accumulate": 2}, {"ema": "power"}])
@@ -172,9 +184,15 @@ def test_without_a_base_there_is_no_update() -> None:
         UnetTraining.model_validate({"lora": {}})
 
 
-def test_plan_refuses_targets_that_are_not_there(folder: Path, options: dict[str, Any]) -> None:
-    from ldm.errors import UserError
+def test_a_missing_peft_is_told(
+    folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"LoRA needs the package peft; pip install 'ray-ldm\[lora\]'"):
+        new_state(folder, **options)
 
+
+def test_plan_refuses_targets_that_are_not_there(folder: Path, options: dict[str, Any]) -> None:
     lora = {"target_modules": ["to_q", "to_out", "query"]}
     config = UnetTraining.model_validate(OPTIONS | options | {"lora": lora})
     with pytest.raises(UserError, match="LoRA's target_modules to_out, query: no linear or convolution"):

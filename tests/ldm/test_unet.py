@@ -213,8 +213,7 @@ def test_a_fingerprint_is_of_what_is_computed(tmp_path: Path) -> None:
     unets.save(unet, tmp_path / "unet")
     assert unets.fingerprint(unets.load(tmp_path / "unet")) == stated
     config = json.loads((tmp_path / "unet/config.json").read_text())
-    brief = {key: value for key, value in config.items() if value not in (1e-5, "silu", True)}
-    assert len(brief) < len(config)
+    brief = {key: config[key] for key in config.keys() - {"act_fn", "norm_eps", "flip_sin_to_cos"}}
     (tmp_path / "unet/config.json").write_text(json.dumps(brief | {"sample_size": 16}))
     assert unets.fingerprint(unets.load(tmp_path / "unet")) == stated
     with torch.no_grad():

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.images import encode_png
 from pipelines.shards import Sample, write_tar
 
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral")
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic")
 SIZE_PX = 256
 NUM_TRAIN, NUM_HELD_OUT = 256, 48
 TRAIN = {

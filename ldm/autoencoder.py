@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm import vae_files
 from ldm.errors import UserError
+from ldm.fingerprint import named_arrays
 from ldm.latents import Moments, Whitening
 from ldm.resampler_start import start_as_resampler
 from ldm.vae_files import default_names
@@ -121,9 +122,7 @@ class Autoencoder:
     @cached_property
     def fingerprint(self) -> str:
         """Of class, structure and weights, in the dtype that they have now (`ldm.vae_identity`)."""
-        weights = sorted(self.vae.state_dict().items())
-        arrays = ((n, tuple(t.shape), t.detach().float().contiguous().cpu().numpy()) for n, t in weights)
-        return fingerprint_of(type(self.vae).__name__, self.vae.config, arrays)
+        return fingerprint_of(type(self.vae).__name__, self.vae.config, named_arrays(self.vae))
 
 
 def build(preset: str) -> "AutoencoderKL":

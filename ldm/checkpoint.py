@@ -2,6 +2,7 @@
 
 unet/        EMA weights: what is sampled      scheduler/  a diffusers scheduler's config
 unet_last/   the weights of the last step      ldm.json    CheckpointInfo
+lora/        of a LoRA training: the update that unet/ has and the U-Net it began with has not
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ldm import lora
 from ldm import unet as unets
 from ldm.autoencoder import Autoencoder
 from ldm.errors import UserError
@@ -32,7 +34,8 @@ class CheckpointInfo(BaseModel):
     latent_shape: (C, h, w) it was trained on; shift and scale: `ldm.latents.Whitening`; ``vae``:
     where the VAE was loaded from, by whose fingerprint it is known. embedding_width: features of the
     embeddings that the U-Net attends to, whose null is one token of zeros; ``text_*``: their encoder,
-    None where they were made beforehand.
+    None where they were made beforehand. init_fingerprint: `ldm.unet.fingerprint` of the U-Net that
+    training began with, None where that was random.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +51,7 @@ class CheckpointInfo(BaseModel):
     text_encoder: str | None = None
     text_fingerprint: str | None = None
     embedding_width: int | None = None
+    init_fingerprint: str | None = None
 
     @property
     def whitening(self) -> Whitening:
@@ -64,11 +68,15 @@ def save(
 ) -> None:
     """Write a checkpoint into ``folder``; ``ldm.json`` comes last, so its presence means complete.
 
-    One that is there already, of an earlier step, is replaced.
+    One that is there already, of an earlier step, is replaced. Adapters are merged into their U-Nets.
     """
     (folder / INFO_FILE).unlink(missing_ok=True)
-    for part in ("unet", "unet_last", "scheduler"):
+    for part in ("unet", "unet_last", "lora", "scheduler"):
         shutil.rmtree(folder / part, ignore_errors=True)
+    if lora.has_adapter(ema):
+        lora.save_adapter(ema, folder / "lora")
+        lora.merge_adapter(ema)
+        lora.merge_adapter(last)
     unets.save(ema, folder / "unet")
     unets.save(last, folder / "unet_last")
     (folder / "scheduler").mkdir()

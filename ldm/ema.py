@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["Decay", "averaged", "constant_decay", "power_decay"]
+__all__ = ["Decay", "averaged", "constant_decay", "power_decay", "share_frozen"]
 
 # From the number of updates so far, at least 1, to the share of the average that is kept.
 Decay: TypeAlias = Callable[[int], float]
@@ -30,8 +30,8 @@ def power_decay(width: float) -> Decay:
 def averaged(model: nn.Module, decay: Decay) -> AveragedModel:
     """A copy of ``model`` in fp32 whose ``update_parameters(model)`` moves it by one EMA step.
 
-    ``.module`` is the averaged model, ready to be evaluated or saved; the first update copies. Buffers
-    are copied from the model, not averaged.
+    ``.module`` is the averaged model, in evaluation mode, ready to be saved; the first update copies.
+    Buffers are copied from the model, not averaged.
     """
 
     def move(ema: Sequence[Tensor], current: Sequence[Tensor], num_updates: Any) -> None:
@@ -40,7 +40,13 @@ def averaged(model: nn.Module, decay: Decay) -> AveragedModel:
             torch._foreach_lerp_(list(ema), [c.detach().float() for c in current], weight)
 
     ema = AveragedModel(model, multi_avg_fn=move).float()
-    return ema.requires_grad_(False)
+    return ema.requires_grad_(False).eval()
+
+
+def share_frozen(ema: AveragedModel, model: nn.Module) -> None:
+    """Let the average have the memory of those weights of ``model`` that are not trained."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    ema.module.load_state_dict(frozen, strict=False, assign=True)
 
 
 def _power_exponent(width: float) -> float:

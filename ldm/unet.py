@@ -5,6 +5,7 @@ Shape suffixes: B images, C channels, H and W latent rows and columns.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
+from ldm.fingerprint import named_arrays, sha256_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-__all__ = ["PRESETS", "Preset", "build", "load", "predict", "save", "size_multiple"]
+__all__ = ["PRESETS", "Preset", "build", "fingerprint", "load", "predict", "save", "size_multiple"]
 
 CLASS_NAME = "UNet2DConditionModel"
 WEIGHTS = "diffusion_pytorch_model"
@@ -132,6 +134,18 @@ def predict(unet: nn.Module, x_BCHW: Tensor, timestep_B: Tensor, conditioning: C
     )
     assert isinstance(prediction_BCHW, Tensor)
     return prediction_BCHW.to(x_BCHW.device, x_BCHW.dtype)
+
+
+def fingerprint(unet: UNet2DConditionModel) -> str:
+    """`ldm.fingerprint.sha256_of` it: of what its config says other than the default, and its weights.
+
+    So a key that a later diffusers adds changes nothing. ``sample_size`` decides nothing either.
+    """
+    parameters = inspect.signature(type(unet).__init__).parameters
+    keys = parameters.keys() & unet.config.keys() - {"sample_size"}
+    as_json = {key: json.loads(json.dumps([unet.config[key], parameters[key].default])) for key in keys}
+    structure = {key: value for key, (value, default) in as_json.items() if value != default}
+    return sha256_of(CLASS_NAME, structure, named_arrays(unet))
 
 
 def save(unet: UNet2DConditionModel, folder: str | Path) -> None:

@@ -4,7 +4,6 @@ The driver of a job knows a VAE by this without importing torch and diffusers (8
 machine of docs/benchmarks.md). The actors, which load it, compute the same fingerprint of the module.
 """
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from ldm import vae_files
 from ldm.errors import UserError
+from ldm.fingerprint import NamedArray, sha256_of
 
 __all__ = ["VaeIdentity", "check_size", "fingerprint_of", "identify", "spatial_factor"]
 
@@ -112,22 +112,10 @@ def identify(name: str) -> VaeIdentity:
         return VaeIdentity(fingerprint, spatial_factor(full), int(str(full["latent_channels"])))
 
 
-def fingerprint_of(
-    class_name: str, config: Config, tensors: Iterable[tuple[str, tuple[int, ...], NDArray[np.float32]]]
-) -> str:
-    """sha256 over class, structure and weights: equal for equal functions, wherever they lie.
-
-    tensors: (name, shape, values) in the order of their names. Weights count as float32, so an fp16
-    file has the fingerprint of its own values, in whatever precision it is loaded.
-    """
-    defaults = STRUCTURE[class_name]
-    structure = {key: config.get(key, default) for key, default in defaults.items()}
-    digest = hashlib.sha256(class_name.encode())
-    digest.update(json.dumps(structure, sort_keys=True, default=list).encode())
-    for name, shape, values in tensors:
-        digest.update(f"{name}{tuple(shape)}".encode())
-        digest.update(np.ascontiguousarray(values, np.dtype("<f4")).tobytes())
-    return digest.hexdigest()
+def fingerprint_of(class_name: str, config: Config, weights: Iterable[NamedArray]) -> str:
+    """`ldm.fingerprint.sha256_of` a VAE with this config."""
+    structure = {key: config.get(key, default) for key, default in STRUCTURE[class_name].items()}
+    return sha256_of(class_name, structure, weights)
 
 
 def spatial_factor(config: Config) -> int:
@@ -149,7 +137,7 @@ def check_size(name: str, f: int, height: int, width: int) -> None:
 
 
 @contextmanager
-def _weights(folder: Path, name: str) -> Iterator[Iterator[tuple[str, tuple[int, ...], NDArray[np.float32]]]]:
+def _weights(folder: Path, name: str) -> Iterator[Iterator[NamedArray]]:
     """Every tensor of a folder's safetensors files, by name; the files are mapped, not read into memory."""
     found: dict[str, tuple[tuple[int, ...], NDArray[np.generic]]] = {}
     for path in vae_files.weight_files(folder, name):

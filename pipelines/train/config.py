@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from ldm import unet
+from ldm.lora import LoraTraining
 from ldm.objective import NoiseSchedule
 from pipelines.train.loader import LoaderConfig
 
@@ -27,6 +28,7 @@ class UnetTraining(BaseModel):
 
     preset: str = Field("small", description=f"layout: {', '.join(unet.PRESETS)}")
     init: str | None = Field(None, description="U-Net to start from instead: a folder in diffusers' format")
+    lora: LoraTraining | None = Field(None, description="train a low-rank update of init instead")
     prediction: Literal["epsilon", "v_prediction", "flow"] = "v_prediction"
     zero_terminal_snr: bool = Field(False, description="the last timestep is pure noise (v_prediction)")
     min_snr_gamma: PositiveFloat | None = Field(5.0, description="of the loss weight; none for a uniform one")
@@ -70,6 +72,8 @@ class UnetTraining(BaseModel):
     def _check(self) -> "UnetTraining":
         if self.zero_terminal_snr and self.prediction != "v_prediction":
             raise ValueError("zero_terminal_snr needs v_prediction: epsilon says nothing at zero SNR")
+        if self.lora is not None and self.init is None:
+            raise ValueError("lora needs init: the U-Net that it is an update of")
         # Of fewer workers some get a row more than others: only that number is known before.
         if self.batch_size % (self.num_workers * self.accumulate):
             parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ldm import checkpoint, unet
+from ldm import checkpoint, lora, unet
 from ldm.checkpoint import CheckpointInfo
 from ldm.errors import UserError
 from ldm.latents import LatentStats, Whitening
@@ -37,6 +37,7 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
     text = header.text
     info = CheckpointInfo(
         step=0,
+        init_fingerprint=unet.fingerprint(unet.load(config.init)) if config.init else None,
         latent_shape=_main_shape(loader),
         shift=tuple(whitening.shift_C),
         scale=tuple(whitening.scale_C),
@@ -73,11 +74,17 @@ def build_unet(config: UnetTraining, info: CheckpointInfo) -> "UNet2DConditionMo
             cross_attention_dim=info.embedding_width,
         )
     model = unet.load(config.init)
+    _check_fit(model, config.init, info)
+    if config.lora is not None:
+        lora.add_adapter(model, config.lora, config.seed)
+    return model
+
+
+def _check_fit(model: "UNet2DConditionModel", name: str, info: CheckpointInfo) -> None:
     found, wanted = model.config, _wanted(info)
     wrong = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if found[name] != value]
     if wrong:
-        raise UserError(f"U-Net {config.init} does not fit the dataset: {'; '.join(wrong)}")
-    return model
+        raise UserError(f"U-Net {name} does not fit the dataset: {'; '.join(wrong)}")
 
 
 def _wanted(info: CheckpointInfo) -> dict[str, object]:

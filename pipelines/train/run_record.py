@@ -22,7 +22,8 @@ FREE = {
     "train.log_every",
     "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.max_failures",
     "train.compile", "train.gradient_checkpointing", "train.parallel", "train.data.prefetch_batches",
-    "train.data.max_quarantined_share", "info.vae", "info.step", "info.text_encoder", "dataset.url",
+    "train.data.max_quarantined_share", "train.init", "info.vae", "info.step", "info.text_encoder",
+    "dataset.url",
 }  # fmt: skip
 
 

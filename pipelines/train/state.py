@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ldm.checkpoint import CheckpointInfo
-from ldm.ema import averaged
+from ldm.ema import averaged, share_frozen
 from ldm.seeds import keyed_seed
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentBatch
@@ -25,7 +26,7 @@ from pipelines.train.schedule import lr_factor
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["TrainState"]
+__all__ = ["TrainState", "trained_weights"]
 
 
 class TrainState:
@@ -38,9 +39,10 @@ class TrainState:
         if config.gradient_checkpointing:
             self.raw.enable_gradient_checkpointing()
         self.ema: AveragedModel = averaged(self.raw, _ema_decay(config))
+        share_frozen(self.ema, self.raw)
         self.model = self._distributed(self.raw)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             # One kernel for all weights, where there is one: not for sharded tensors on a CPU.
@@ -111,17 +113,24 @@ class TrainState:
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, as tensors; on FSDP this rank's shards."""
-        return {
-            "model": get_model_state_dict(self.raw),
-            "ema": get_model_state_dict(self.ema),
-            "optimizer": get_optimizer_state_dict(self.raw, self.optimizer),
-        }
+        optimizer = get_optimizer_state_dict(self.raw, self.optimizer)
+        return {**trained_weights(self.raw, self.ema), "optimizer": optimizer}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set all from what `state` gave."""
-        set_model_state_dict(self.raw, state["model"])
-        set_model_state_dict(self.ema, state["ema"])
+        # What is frozen is in no state: it is as the config's init has it.
+        trained = StateDictOptions(strict=False)
+        set_model_state_dict(self.raw, state["model"], options=trained)
+        set_model_state_dict(self.ema, state["ema"], options=trained)
         set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"])
+
+
+def trained_weights(model: nn.Module, ema: "AveragedModel") -> dict[str, dict[str, Any]]:
+    """The weights of ``model`` that are not frozen, and the average's weights of the same names."""
+    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    names = {"n_averaged", *(f"module.{name}" for name in trained)}
+    averages = get_model_state_dict(ema)
+    return {"model": trained, "ema": {name: averages[name] for name in averages if name in names}}
 
 
 def _ema_decay(config: UnetTraining) -> Any:

@@ -24,7 +24,7 @@ from pipelines.train.loader import LatentBatch
 from pipelines.train.plan import build_unet, open_loader
 from pipelines.train.progress import DivergedError, Progress, quiet_ray_train, stop_on_nan
 from pipelines.train.snapshots import SnapshotWriter, find_snapshot, load_snapshot
-from pipelines.train.state import TrainState
+from pipelines.train.state import TrainState, trained_weights
 from pipelines.train.trainer import run
 
 __all__ = ["METRICS_FILE", "SNAPSHOTS", "export", "fit"]
@@ -62,8 +62,7 @@ def export(out: Path, config: UnetTraining, info: CheckpointInfo) -> None:
     step = find_snapshot(out / SNAPSHOTS).step
     last = build_unet(config, info)
     ema = averaged(last, constant_decay(0.0))
-    state = {"model": last.state_dict(), "ema": ema.state_dict()}
-    load_snapshot(out / SNAPSHOTS, step, state)
+    load_snapshot(out / SNAPSHOTS, step, trained_weights(last, ema))
     checkpoint.save(
         out,
         ema=ema.module,

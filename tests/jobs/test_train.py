@@ -5,8 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs import cli
+from jobs.config import load
+from jobs.train import TrainJob
+from ldm import unet
 from pipelines.dataset import LatentDataset
 from pipelines.train.config import UnetTraining
 from pipelines.train.plan import plan
@@ -56,6 +60,30 @@ def test_another_dataset_is_shown(
 ) -> None:
     said = refusal(capsys, str(write_latents(tmp_path / "grown", count=32)), str(begun))
     assert "dataset.units: " in said
+
+
+@pytest.mark.parametrize("lora", [(), ("--train.lora.rank", "2", "--train.lora.target-modules", "to_q,to_v")])
+def test_another_unet_under_the_same_path_is_shown(
+    latent_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: tuple[str, ...]
+) -> None:
+    """It may move, since it is known by what it is."""
+
+    def save_base(folder: Path, seed: int) -> str:
+        torch.manual_seed(seed)
+        unet.save(unet.build("tiny", in_channels=3, num_classes=2, sample_size=8), folder)
+        return unet.fingerprint(unet.load(folder))
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    first = save_base(base, seed=0)
+    job, _ = load(TrainJob, "train", [str(latent_folder), str(out), *SMALL, *lora, "--train.init", str(base)])
+    dataset = LatentDataset.open(latent_folder)
+    write_record(out, record_of(dataset, job.train, plan(dataset, job.train, None)))
+    base.rename(tmp_path / "moved")
+    again = (str(latent_folder), str(out), *lora, "--train.init")
+    said = refusal(capsys, *again, str(tmp_path / "moved"), "--train.seed", "5")
+    assert "(train.seed: 5, was 0)" in said
+    other = save_base(base, seed=1)
+    assert f"(info.init_fingerprint: {other}, was {first})" in refusal(capsys, *again, str(base))
 
 
 def test_a_quarantined_input_must_be_accepted(

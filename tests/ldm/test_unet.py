@@ -206,6 +206,23 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "copy"]
 
 
+def test_a_fingerprint_is_of_what_is_computed(tmp_path: Path) -> None:
+    """Not of the place, the precision, or a config that leaves out what has the default."""
+    unet = tiny()
+    stated = unets.fingerprint(unet)
+    unets.save(unet, tmp_path / "unet")
+    assert unets.fingerprint(unets.load(tmp_path / "unet")) == stated
+    config = json.loads((tmp_path / "unet/config.json").read_text())
+    brief = {key: config[key] for key in config.keys() - {"act_fn", "norm_eps", "flip_sin_to_cos"}}
+    (tmp_path / "unet/config.json").write_text(json.dumps(brief | {"sample_size": 16}))
+    assert unets.fingerprint(unets.load(tmp_path / "unet")) == stated
+    with torch.no_grad():
+        unet.conv_out.bias[1].add_(1e-3)
+    assert unets.fingerprint(unet) != stated
+    (tmp_path / "unet/config.json").write_text(json.dumps(config | {"act_fn": "gelu"}))
+    assert unets.fingerprint(unets.load(tmp_path / "unet")) != stated
+
+
 def test_save_does_not_overwrite(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):

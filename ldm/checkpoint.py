@@ -32,7 +32,8 @@ class CheckpointInfo(BaseModel):
     latent_shape: (C, h, w) it was trained on; shift and scale: `ldm.latents.Whitening`; ``vae``:
     where the VAE was loaded from, by whose fingerprint it is known. embedding_width: features of the
     embeddings that the U-Net attends to, whose null is one token of zeros; ``text_*``: their encoder,
-    None where they were made beforehand.
+    None where they were made beforehand. Of an upsampler only (`ldm.upsampling`): upsampling_factor, rows
+    of its latents to those of the low-resolution ones, and the max_noise_level that it was trained with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,8 @@ class CheckpointInfo(BaseModel):
     text_encoder: str | None = None
     text_fingerprint: str | None = None
     embedding_width: int | None = None
+    upsampling_factor: int | None = None
+    max_noise_level: int | None = None
 
     @property
     def whitening(self) -> Whitening:

@@ -57,7 +57,7 @@ def batch_of(
 def loss_by_diffusers(
     model: UNet2DConditionModel, batch: LatentBatch, config: UnetTraining, info: CheckpointInfo
 ) -> Tensor:
-    """The loss of each row as diffusers' training scripts get it: its schedulers add noise and name targets."""
+    """The loss of each row as diffusers' training scripts get it: its schedulers noise and aim."""
     shift, scale = (torch.tensor(value).view(1, 3, 1, 1) for value in (info.shift, info.scale))
     x0, noise = (batch.z_BChw - shift) / scale, batch.noise_BChw
     if config.prediction == "flow":

@@ -118,8 +118,8 @@ def _rows_by_file(bucket: BucketCatalog) -> dict[str, int]:
 class PairReader:
     """Reads row groups of a bucket and, for each, the rows of the same images in its counterpart.
 
-    Both catalogs are of the same files in one order, so a row has the same number in both, counted through
-    the bucket. May be called from several threads.
+    Both catalogs have the same files, in the manifest's order of units. So a row has the same number in both,
+    counted through the bucket. May be called from several threads.
     """
 
     def __init__(self, dataset: LatentDataset, high: BucketCatalog, low: BucketCatalog) -> None:

@@ -96,7 +96,7 @@ def test_a_stopped_upsampler_ends_with_the_same_bits(
 ) -> None:
     folder = write_pairs(tmp_path / "pairs")
     data = {"validation_rows": 4, "size_px": 32, "low_size_px": 16}
-    options: dict[str, object] = {"steps": 6, "checkpoint_every": 2, "data": data}
+    options: dict[str, object] = {"steps": 4, "data": data}
     undisturbed = run(folder, tmp_path / "undisturbed", **options)
     with pytest.raises(Stopped):
         run(folder, tmp_path / "stopped", stop_after=3, **options)

@@ -74,6 +74,7 @@ def build(
     sample_size: int,
     cross_attention_dim: int | None = None,
     out_channels: int | None = None,
+    num_noise_levels: int | None = None,
 ) -> UNet2DConditionModel:
     """A randomly initialised U-Net of a named layout, fp32, on torch's default device.
 
@@ -81,14 +82,17 @@ def build(
     embedding. ``sample_size``: the latent's usual height and width. ``cross_attention_dim``:
     features of the embeddings to attend to; None means the preset's own, and where that is None too
     the U-Net takes no embeddings and has plain self-attention. ``out_channels``: ``in_channels``
-    unless given (an upsampler's input carries the low-resolution latent as well).
+    unless given (an upsampler's input carries the low-resolution latent as well). ``num_noise_levels``:
+    of an upsampler, whose class labels are the levels of `ldm.upsampling`; it has no classes.
 
-    Raises UserError for an unknown preset.
+    Raises UserError for an unknown preset, ValueError for classes beside noise levels.
     """
     from diffusers import UNet2DConditionModel
 
     if preset not in PRESETS:
         raise UserError(f"no U-Net preset {preset!r}", allowed=", ".join(PRESETS))
+    if num_classes is not None and num_noise_levels is not None:
+        raise ValueError("a U-Net has one kind of class labels: classes or noise levels")
     layout = PRESETS[preset]
     return UNet2DConditionModel(
         sample_size=sample_size,
@@ -97,7 +101,7 @@ def build(
         block_out_channels=layout.block_out_channels,
         layers_per_block=layout.layers_per_block,
         norm_num_groups=layout.norm_num_groups,
-        num_class_embeds=None if num_classes is None else num_classes + 1,
+        num_class_embeds=num_noise_levels if num_classes is None else num_classes + 1,
         upcast_attention=layout.upcast_attention,
         **_attention_config(layout, cross_attention_dim or layout.cross_attention_dim),
     )

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from ldm import checkpoint, unet
 from ldm.autoencoder import load
 from ldm.conditioning import ClassConditioner, Conditioning
+from ldm.errors import UserError
 from ldm.image_tensors import from_model
 from ldm.sampling import MAX_SEED, Trajectory, sample
 from pipelines.device import pick_device
@@ -133,9 +134,15 @@ def _place(device: torch.device) -> str:
 def check(folder: Path, requests: Sequence[Request], vae: str | None) -> str:
     """Check everything before Ray is started; returns the VAE to decode with.
 
-    UserError for a folder that is no checkpoint, another VAE, or a request that cannot be served.
+    UserError for a folder that is no checkpoint, or an upsampler's; another VAE; a request that cannot be
+    served.
     """
     info, scheduler_config = checkpoint.read_info(folder), checkpoint.read_scheduler_config(folder)
+    if info.upsampling_factor is not None:
+        raise UserError(
+            f"{folder} is an upsampler, which cannot be sampled alone",
+            do="give a checkpoint that was trained without --train.data.low-size-px",
+        )
     unet.load(folder)
     chosen = vae or info.vae
     checkpoint.check_vae(load(chosen), info.vae_fingerprint, f"checkpoint {folder}")

@@ -49,7 +49,7 @@ def open_catalog(dataset: LatentDataset, size_px: int | None) -> tuple[BucketCat
     if size_px is None and len(sizes) > 1:
         raise UserError(
             f"{dataset.url} holds images of several sizes",
-            do=f"choose one: --train.size-px {sizes[0]}",
+            do=f"choose one: --train.data.size-px {sizes[0]}",
             allowed=", ".join(map(str, sizes)),
         )
     chosen = size_px or sizes[0]

@@ -16,6 +16,7 @@ from pydantic import (
 from ldm import unet
 from ldm.lora import LoraTraining
 from ldm.objective import NoiseSchedule
+from ldm.upsampling import MAX_NOISE_LEVEL, NUM_NOISE_LEVELS
 from pipelines.train.loader import LoaderConfig
 
 __all__ = ["UnetTraining"]
@@ -36,6 +37,11 @@ class UnetTraining(BaseModel):
         "data", description="scale of the latents: measured on the dataset, or the VAE's own config"
     )
     condition_dropout: float = Field(0.1, ge=0, le=1, description="share of conditions replaced by none")
+    max_noise_level: NonNegativeInt = Field(
+        MAX_NOISE_LEVEL,
+        lt=NUM_NOISE_LEVELS,
+        description="of an upsampler: DDPM timestep up to which the low-resolution latent is noised",
+    )
     data: LoaderConfig = LoaderConfig()
     steps: PositiveInt = 10_000
     batch_size: PositiveInt = Field(64, description="latents per step over all workers")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ldm.seeds import keyed_seed
 from pipelines.dataset import LatentDataset
 from pipelines.train.catalog import BucketCatalog, hold_out, open_catalog
 from pipelines.train.order import BucketOrder, Span, Window, default_lanes, epoch_schedule
+from pipelines.train.pairs import LowDraw, LowLatents, PairReader, draw_low, low_buckets, sample_low
 from pipelines.train.row_groups import RowGroupReader, Rows
 
 __all__ = ["LatentBatch", "LatentLoader", "LoaderConfig", "prefetched"]
@@ -42,6 +43,9 @@ class LoaderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size_px: PositiveInt | None = Field(None, description="which of the dataset's sizes, if it has several")
+    low_size_px: PositiveInt | None = Field(
+        None, description="train an upsampler: condition on that size's latents of the same image"
+    )
     lanes: PositiveInt | None = Field(
         None,
         description="ranks that can read without overlap; divides the batch. Default: 8, 4, 2 or 1, "
@@ -65,7 +69,8 @@ class LatentBatch:
 
     z_BChw: float32, sampled from the posterior, in the VAE's own scale; noise_BChw: standard normal;
     u_B: float32 in [0, 1), for the timestep; keep_B: bool, False where the condition is dropped, with
-    the probability asked for; labels_B: int64, -1 for none; embeddings_B: (L, D) float16 or None each.
+    the probability asked for; labels_B: int64, -1 for none; embeddings_B: (L, D) float16 or None each;
+    low: the same images at a lower size, where an upsampler is trained.
     """
 
     keys_B: tuple[str, ...]
@@ -75,6 +80,7 @@ class LatentBatch:
     keep_B: Tensor
     labels_B: Tensor
     embeddings_B: tuple[NDArray[np.float16] | None, ...]
+    low: LowLatents | None = None
 
     def split(self, parts: int) -> "list[LatentBatch]":
         """``parts`` batches, rows in order; sizes differ by one where that does not divide."""
@@ -82,7 +88,8 @@ class LatentBatch:
         return [self._rows(slice(*bounds)) for bounds in pairwise(ends)]
 
     def _rows(self, rows: slice) -> "LatentBatch":
-        return LatentBatch(*(value[rows] for value in vars(self).values()))
+        some: dict[str, Any] = {n: None if value is None else value[rows] for n, value in vars(self).items()}
+        return LatentBatch(**some)
 
 
 class LatentLoader:
@@ -112,13 +119,21 @@ class LatentLoader:
         self.held_out = dict(zip((b.name for b in self.buckets), held, strict=True))
         self.orders = {b.name: self._order(b) for b in self.buckets}
         self._drop_small_buckets()
-        self.readers = {b.name: RowGroupReader(dataset, b) for b in self.buckets}
+        low_px = config.low_size_px
+        self.low = low_buckets(dataset, self.buckets, config.size_px, low_px) if low_px else None
+        self.readers = {b.name: self._reader(dataset, b) for b in self.buckets}
         self.batches_per_epoch = sum(order.num_batches for order in self.orders.values())
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
         """(C, h, w) of every bucket that is trained on."""
         return [bucket.shape for bucket in self.buckets if bucket.name in self.orders]
+
+    @property
+    def upsampling_factor(self) -> int | None:
+        """Rows of a latent to those of the low-resolution one beside it; None where there are no pairs."""
+        first = self.buckets[0]
+        return None if self.low is None else first.shape[1] // self.low[first.name].shape[1]
 
     def batches(self, *, rank: int, world: int, first: int = 0) -> Iterator[LatentBatch]:
         """Endless batches from global batch ``first`` on; rank r of w gets rows r, r + w, … of each."""
@@ -172,14 +187,11 @@ class LatentLoader:
             yield Rows.concat([next(lane) for lane in lanes]).take(share.order_B)
 
     def _sample(self, rows: Rows, epoch: int) -> LatentBatch:
-        mean_BChw, std_BChw = rows.moments
-        drawn = [self._draw(str(key), epoch, mean_BChw.shape[1:]) for key in rows.keys_N]
+        drawn = [self._draw(str(key), epoch, rows) for key in rows.keys_N]
         u_B3 = torch.from_numpy(np.stack([draw.u_3 for draw in drawn]))
-        if rows.mirrored is not None and self.config.mirror:
-            flip = (u_B3[:, 2] < 0.5).numpy()[:, None, None, None]
-            mean_BChw = np.where(flip, rows.mirrored.mean_NChw, mean_BChw)
-            std_BChw = np.where(flip, rows.mirrored.std_NChw, std_BChw)
-        mean, std = (torch.from_numpy(moment).float() for moment in (mean_BChw, std_BChw))
+        flip_B = (u_B3[:, 2] < 0.5).numpy() & self.config.mirror
+        mean, std = (torch.from_numpy(moment).float() for moment in rows.sides(flip_B))
+        low_drawn = [draw.low for draw in drawn if draw.low is not None]
         return LatentBatch(
             keys_B=tuple(rows.keys_N),
             z_BChw=mean + std * torch.from_numpy(np.stack([draw.posterior_Chw for draw in drawn])),
@@ -189,14 +201,15 @@ class LatentLoader:
             keep_B=u_B3[:, 1] >= self.condition_dropout,
             labels_B=torch.from_numpy(rows.labels_N),
             embeddings_B=tuple(rows.embeddings_N),
+            low=None if rows.low is None else sample_low(rows.low, flip_B, low_drawn),
         )
 
-    def _draw(self, key: str, epoch: int, shape_Chw: tuple[int, ...]) -> "_Draw":
+    def _draw(self, key: str, epoch: int, rows: Rows) -> "_Draw":
         rng = np.random.Generator(np.random.Philox(key=keyed_seed("row", self.seed, epoch, key)))
         u_3 = rng.random(3)
         # One call for both: it is the calls that cost.
-        posterior, noise = rng.standard_normal((2, *shape_Chw), np.float32)
-        return _Draw(u_3, posterior, noise)
+        posterior, noise = rng.standard_normal((2, *rows.shape_Chw), np.float32)
+        return _Draw(u_3, posterior, noise, None if rows.low is None else draw_low(rng, rows.low.shape_Chw))
 
     def _validation(self, name: str, rank: int, world: int) -> Iterator[LatentBatch]:
         held_G = self.held_out[name]
@@ -208,6 +221,11 @@ class LatentLoader:
         step = max(1, self.batch_size // world)
         for at in range(0, len(rows), step):
             yield self._sample(rows.take(slice(at, at + step)), VALIDATION_EPOCH)
+
+    def _reader(self, dataset: LatentDataset, bucket: BucketCatalog) -> RowGroupReader | PairReader:
+        if self.low is None:
+            return RowGroupReader(dataset, bucket)
+        return PairReader(dataset, bucket, self.low[bucket.name])
 
     def _order(self, bucket: BucketCatalog) -> BucketOrder:
         return BucketOrder(
@@ -239,6 +257,7 @@ class _Draw:
     u_3: NDArray[np.float64]
     posterior_Chw: NDArray[np.float32]
     noise_Chw: NDArray[np.float32]
+    low: LowDraw | None
 
 
 @dataclass(frozen=True)

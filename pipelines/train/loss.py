@@ -1,6 +1,7 @@
 """The loss of one rank's share of a batch, and the conditions that its U-Net sees."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from ldm import unet
 from ldm.checkpoint import CheckpointInfo
 from ldm.conditioning import ClassConditioner, Conditioning, EmbeddingConditioner, drop
 from ldm.objective import diffusion_loss, min_snr_weight
+from ldm.upsampling import noise_levels, upsampler_input
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentBatch
+from pipelines.train.pairs import LowLatents
 
 __all__ = ["conditioning_of", "loss_of"]
 
@@ -23,11 +26,24 @@ def loss_of(
     schedule = config.noise_schedule
     x0 = info.whitening.normalise(batch.z_BChw.to(device))
     noise, t_B = batch.noise_BChw.to(device), schedule.timesteps(batch.u_B).to(device)
-    conditioning = conditioning_of(batch, info).to(device)
+    x_t, conditioning = schedule.add_noise(x0, noise, t_B), conditioning_of(batch, info).to(device)
+    if batch.low is not None:
+        x_t, conditioning = _with_low(x_t, conditioning, batch.low, info)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        prediction = unet.predict(model, schedule.add_noise(x0, noise, t_B), t_B, conditioning)
+        prediction = unet.predict(model, x_t, t_B, conditioning)
     weight_B = min_snr_weight(schedule, t_B, config.min_snr_gamma) if config.min_snr_gamma else None
     return diffusion_loss(prediction, schedule.target(x0, noise, t_B), weight_B)
+
+
+def _with_low(
+    x_t: Tensor, conditioning: Conditioning, low: LowLatents, info: CheckpointInfo
+) -> tuple[Tensor, Conditioning]:
+    """What an upsampler's U-Net is given: `upsampler_input`, and its noise levels as class labels."""
+    assert info.max_noise_level is not None
+    level_B = noise_levels(low.u_B, info.max_noise_level).to(x_t.device)
+    z_low = info.whitening.normalise(low.z_BChw.to(x_t.device))
+    x_t = upsampler_input(x_t, z_low, low.noise_BChw.to(x_t.device), level_B)
+    return x_t, replace(conditioning, class_labels=level_B)
 
 
 def conditioning_of(batch: LatentBatch, info: CheckpointInfo) -> Conditioning:

@@ -6,6 +6,7 @@ from ldm import checkpoint, lora, unet
 from ldm.checkpoint import CheckpointInfo
 from ldm.errors import UserError
 from ldm.latents import LatentStats, Whitening
+from ldm.upsampling import NUM_NOISE_LEVELS
 from pipelines.dataset import LatentDataset
 from pipelines.text_table import read_width
 from pipelines.train.config import UnetTraining
@@ -34,7 +35,7 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
         whitening = Whitening.from_stats(LatentStats(summary["count"], summary["mean"], summary["m2"]))  # type: ignore[arg-type]
     else:
         whitening = vae_model.whitening
-    text = header.text
+    text, factor = header.text, loader.upsampling_factor
     info = CheckpointInfo(
         step=0,
         init_fingerprint=unet.fingerprint(unet.load(config.init)) if config.init else None,
@@ -43,10 +44,14 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
         scale=tuple(whitening.scale_C),
         vae=vae or header.vae,
         vae_fingerprint=header.vae_fingerprint,
-        class_names=None if text else header.class_names,
+        # An upsampler's class labels are noise levels, as diffusers has it: the low-resolution latent shows
+        # of which class the image is.
+        class_names=None if text or factor else header.class_names,
         text_encoder=text.config.encoder if text else None,
         text_fingerprint=text.fingerprint if text else None,
         embedding_width=(text.width or _stored_width(dataset, loader)) if text else None,
+        upsampling_factor=factor,
+        max_noise_level=config.max_noise_level if factor else None,
     )
     _check_shapes(build_unet(config, info), config, loader)
     return info
@@ -65,10 +70,13 @@ def open_loader(dataset: LatentDataset, config: UnetTraining) -> LatentLoader:
 
 def build_unet(config: UnetTraining, info: CheckpointInfo) -> "UNet2DConditionModel":
     """The U-Net before its first step. UserError where ``init`` is of another kind than the data."""
+    channels, is_upsampler = info.latent_shape[0], info.upsampling_factor is not None
     if config.init is None:
         return unet.build(
             config.preset,
-            in_channels=info.latent_shape[0],
+            in_channels=2 * channels if is_upsampler else channels,
+            out_channels=channels,
+            num_noise_levels=NUM_NOISE_LEVELS if is_upsampler else None,
             num_classes=len(info.class_names) if info.class_names else None,
             sample_size=info.latent_shape[1],
             cross_attention_dim=info.embedding_width,
@@ -88,10 +96,14 @@ def _check_fit(model: "UNet2DConditionModel", name: str, info: CheckpointInfo) -
 
 
 def _wanted(info: CheckpointInfo) -> dict[str, object]:
+    channels, num_labels = info.latent_shape[0], len(info.class_names) + 1 if info.class_names else None
     wanted: dict[str, object] = {
-        "in_channels": info.latent_shape[0],
-        "num_class_embeds": len(info.class_names) + 1 if info.class_names else None,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_class_embeds": num_labels,
     }
+    if info.upsampling_factor is not None:
+        wanted |= {"in_channels": 2 * channels, "num_class_embeds": NUM_NOISE_LEVELS}
     return wanted | ({"cross_attention_dim": info.embedding_width} if info.embedding_width else {})
 
 

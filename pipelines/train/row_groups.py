@@ -23,7 +23,8 @@ class Rows:
     """Rows of one bucket, N of them.
 
     keys_N: object (str); labels_N: int64, -1 where a row has none; embeddings_N: object, float16 (L, D)
-    or None; mirrored: None where the dataset has no mirrored latents.
+    or None; mirrored: None where the dataset has no mirrored latents; low: rows of the same images at a
+    lower size, for an upsampler.
     """
 
     keys_N: NDArray[np.object_]
@@ -31,9 +32,14 @@ class Rows:
     embeddings_N: NDArray[np.object_]
     moments: MomentArrays
     mirrored: MomentArrays | None
+    low: "Rows | None" = None
 
     def __len__(self) -> int:
         return len(self.keys_N)
+
+    @property
+    def shape_Chw(self) -> tuple[int, ...]:
+        return self.moments.mean_NChw.shape[1:]
 
     def take(self, index: "slice | NDArray[np.int64]") -> "Rows":
         """Some of the rows, in the order of ``index``."""
@@ -44,7 +50,16 @@ class Rows:
             self.embeddings_N[index],
             MomentArrays(*(m[index] for m in self.moments)),
             mirrored,
+            None if self.low is None else self.low.take(index),
         )
+
+    def sides(self, flip_N: NDArray[np.bool_]) -> MomentArrays:
+        """The moments, mirrored where ``flip_N``, if the dataset has them mirrored."""
+        if self.mirrored is None:
+            return self.moments
+        flip = flip_N[:, None, None, None]
+        pairs = zip(self.moments, self.mirrored, strict=True)
+        return MomentArrays(*(np.where(flip, mirrored, plain) for plain, mirrored in pairs))
 
     @staticmethod
     def concat(parts: Sequence["Rows"]) -> "Rows":
@@ -52,12 +67,14 @@ class Rows:
         if len(parts) == 1:
             return parts[0]
         mirrored = [part.mirrored for part in parts if part.mirrored is not None]
+        low = [part.low for part in parts if part.low is not None]
         return Rows(
             np.concatenate([part.keys_N for part in parts]),
             np.concatenate([part.labels_N for part in parts]),
             np.concatenate([part.embeddings_N for part in parts]),
             _concat([part.moments for part in parts]),
             _concat(mirrored) if mirrored else None,
+            Rows.concat(low) if low else None,
         )
 
 
@@ -69,17 +86,21 @@ def _concat(parts: Sequence[MomentArrays]) -> MomentArrays:
 class RowGroupReader:
     """Reads row groups of one bucket; may be called from several threads."""
 
-    def __init__(self, dataset: LatentDataset, bucket: BucketCatalog) -> None:
+    def __init__(self, dataset: LatentDataset, bucket: BucketCatalog, *, with_text: bool = True) -> None:
         self.dataset, self.bucket = dataset, bucket
-        self.has_text = dataset.header.text is not None
+        self.has_text = with_text and dataset.header.text is not None
         self.by_key = self.has_text and dataset.header.text.config.precomputed is not None  # type: ignore[union-attr]
 
     def read(self, spans: Sequence[Span]) -> Rows:
         """The rows of the spans, one after another. UserError for a file that is missing or damaged."""
         return Rows.concat([self._read_span(span) for span in spans])
 
+    def path(self, group: int) -> str:
+        """The file of a row group, inside the dataset."""
+        return self.bucket.paths[int(self.bucket.file_G[group])]
+
     def _read_span(self, span: Span) -> Rows:
-        path = self.bucket.paths[int(self.bucket.file_G[span.group])]
+        path = self.path(span.group)
         try:
             with self.dataset.filesystem.open(self.dataset.path(path), "rb") as stream:
                 found = read_latents(stream, [int(self.bucket.index_G[span.group])])

@@ -73,6 +73,12 @@ def test_a_checkpoint_without_classes_is_read(stated: Path) -> None:
     assert checkpoint.read_info(stated) == unconditional
 
 
+def test_a_checkpoint_from_before_upsamplers_is_none(stated: Path) -> None:
+    later = {"upsampling_factor", "max_noise_level"}
+    (stated / INFO_FILE).write_text(INFO.model_dump_json(exclude=later))
+    assert checkpoint.read_info(stated).upsampling_factor is None
+
+
 def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "scheduler").write_text("in the way")
     with pytest.raises(FileExistsError):

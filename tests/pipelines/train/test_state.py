@@ -79,6 +79,20 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert_same_bits(stored, undisturbed[0].state())
 
 
+def test_a_stopped_upsampler_ends_with_the_same_bits(
+    write_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write_pairs(tmp_path / "pairs")
+    data = {"validation_rows": 4, "size_px": 32, "low_size_px": 16}
+    options: dict[str, object] = {"steps": 4, "data": data}
+    undisturbed = run(folder, tmp_path / "undisturbed", **options)
+    with pytest.raises(Stopped):
+        run(folder, tmp_path / "stopped", stop_after=3, **options)
+    again = run(folder, tmp_path / "stopped", **options)
+    assert_same_bits(again.state(), undisturbed.state())
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
+
+
 def test_accumulation_changes_only_the_rounding(
     folder: Path, undisturbed: tuple[TrainState, Path], tmp_path: Path
 ) -> None:

@@ -25,7 +25,14 @@ from pipelines.train.crops import CropConfig, crop_rate, crops, crops_before, us
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-__all__ = ["WINDOW_BATCHES", "CropOrder", "crop_dataset", "shuffled_batches", "window_of"]
+__all__ = [
+    "WINDOW_BATCHES",
+    "CropOrder",
+    "crop_dataset",
+    "crops_of_span",
+    "shuffled_batches",
+    "window_of",
+]
 
 # Batches that a worker shuffles together. A run goes on from the beginning of a window.
 WINDOW_BATCHES = 64
@@ -96,16 +103,17 @@ def crop_dataset(
 
     window_rows = WINDOW_BATCHES * batch_size
     first = window_of(after_step) * window_rows
-    items = order.spans(first, (window_of(num_steps - 1) + 1) * window_rows)
+    spans = order.spans(first, (window_of(num_steps - 1) + 1) * window_rows)
     return (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .flat_map(lambda item: _crops_of(item, order.config))
+        ray.data.from_items(spans, override_num_blocks=len(spans))
+        .flat_map(lambda span: crops_of_span(span, order.config))
         .repartition(target_num_rows_per_block=BLOCK_BATCHES * batch_size // num_workers, strict=True)
     )
 
 
-def _crops_of(item: dict[str, Any], config: CropConfig) -> Iterator[dict[str, Any]]:
-    return islice(crops(item["shard"], item["pass_index"], config), item["skip"], None)
+def crops_of_span(span: dict[str, Any], config: CropConfig) -> Iterator[dict[str, Any]]:
+    """The crops that one of `CropOrder.spans` stands for."""
+    return islice(crops(span["shard"], span["pass_index"], config), span["skip"], None)
 
 
 def shuffled_batches(

@@ -124,6 +124,7 @@ def export(out: Path, config: VaeTraining) -> None:
     # Not vae.to: diffusers warns of every cast, whether or not the model minds it.
     nn.Module.to(vae, torch.float16 if config.dtype == "fp16" else torch.float32)
     partial_folder = out / ".vae.partial"
+    shutil.rmtree(partial_folder, ignore_errors=True)
     vae.save_pretrained(partial_folder)
     # The weights before config.json, without which this is no VAE's folder.
     for file in sorted(partial_folder.iterdir(), reverse=True):

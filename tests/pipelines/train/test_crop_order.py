@@ -9,7 +9,13 @@ import pytest
 
 from ldm.errors import UserError
 from pipelines.shards import Sample, write_tar
-from pipelines.train.crop_order import WINDOW_BATCHES, CropOrder, _crops_of, crop_dataset, shuffled_batches
+from pipelines.train.crop_order import (
+    WINDOW_BATCHES,
+    CropOrder,
+    crops_of_span,
+    crop_dataset,
+    shuffled_batches,
+)
 from pipelines.train.crops import CropConfig
 
 # Of a photo of 40×32 pixels: not in every pass the same number.
@@ -40,7 +46,9 @@ def order(folder: Path) -> CropOrder:
 
 def rows_of(order: CropOrder, first: int, stop: int) -> list[bytes]:
     found = [
-        crop["image"].tobytes() for span in order.spans(first, stop) for crop in _crops_of(span, order.config)
+        crop["image"].tobytes()
+        for span in order.spans(first, stop)
+        for crop in crops_of_span(span, order.config)
     ]
     assert len(found) >= stop - first
     return found[: stop - first]

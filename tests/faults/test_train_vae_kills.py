@@ -62,6 +62,7 @@ def shards(tmp_path: Path, photo: Callable[[int], bytes]) -> Path:
     return folder
 
 
+@pytest.mark.faults_long
 @pytest.mark.timeout(600)
 def test_kills_change_no_bit(shards: Path, vae_folder: Path, tmp_path: Path) -> None:
     """A worker, which Ray starts again, and then everything."""

@@ -12,8 +12,8 @@ from pipelines.shards import Sample, write_tar
 from pipelines.train.crop_order import (
     WINDOW_BATCHES,
     CropOrder,
-    crops_of_span,
     crop_dataset,
+    crops_of_span,
     shuffled_batches,
 )
 from pipelines.train.crops import CropConfig

@@ -35,8 +35,9 @@ class CheckpointInfo(BaseModel):
     where the VAE was loaded from, by whose fingerprint it is known. embedding_width: features of the
     embeddings that the U-Net attends to, whose null is one token of zeros; ``text_*``: their encoder,
     None where they were made beforehand. init_fingerprint: `ldm.unet.fingerprint` of the U-Net that
-    training began with, None where that was random. Of an upsampler only (`ldm.upsampling`): upsampling_factor, rows
-    of its latents to those of the low-resolution ones, and the max_noise_level that it was trained with.
+    training began with, None where that was random. Of an upsampler only (`ldm.upsampling`):
+    upsampling_factor, rows of its latents to those of the low-resolution ones, and the max_noise_level that
+    it was trained with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

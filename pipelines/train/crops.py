@@ -1,9 +1,8 @@
-"""Random crops of image shards, as an endless-enough stream for VAE training."""
+"""Random crops of image shards, for VAE training: which ones a pass over the input makes."""
 
-import math
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,12 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from ldm.errors import BadSampleError
 from ldm.images import decode_image
 from ldm.seeds import keyed_seed
-from pipelines.shards import Shard, list_shards, read_samples
+from pipelines.shards import Shard, read_samples
 
-if TYPE_CHECKING:
-    from ray.data import Dataset
-
-__all__ = ["CropConfig", "crop_dataset", "crops", "num_passes", "usable_images"]
+__all__ = ["CropConfig", "CropRate", "crop_rate", "crops", "crops_before", "usable_images"]
 
 
 class CropConfig(BaseModel):
@@ -33,12 +29,30 @@ class CropConfig(BaseModel):
     seed: int = 0
 
 
+class CropRate(NamedTuple):
+    """How many crops an image gives: ``per_pass``, any fraction, and where in it the first pass begins."""
+
+    per_pass: float
+    phase: float
+
+
+def crop_rate(shard: Shard, key: str, image: Image.Image, config: CropConfig) -> CropRate:
+    """Of the image's area; the phase is uniform in [0, 1), so small pictures do not all come in one pass."""
+    phase = np.random.default_rng(keyed_seed("phase", config.seed, shard.name, key)).random()
+    return CropRate(image.width * image.height / 1e6 * config.crops_per_megapixel, phase)
+
+
+def crops_before(pass_index: int, per_pass: Any, phase: Any) -> Any:
+    """Crops of an image, or of an array of images, in all passes before ``pass_index``: a whole float."""
+    return np.floor(per_pass * pass_index + phase)
+
+
 def crops(shard: Shard, pass_index: int, config: CropConfig) -> Iterator[dict[str, Any]]:
     """Random crops (crop_px, crop_px, 3) uint8 of every image of a shard, seeded by (seed, pass, key)."""
     for key, image in usable_images(shard):
+        rate = crop_rate(shard, key, image, config)
         rng = np.random.default_rng(keyed_seed(config.seed, pass_index, shard.name, key))
-        # The fraction is kept in expectation: a small picture gives a crop in some passes only.
-        for _ in range(int(_crops_expected(image, config) + rng.random())):
+        for _ in range(int(crops_before(pass_index + 1, *rate) - crops_before(pass_index, *rate))):
             side = min(config.crop_px * rng.uniform(1.0, config.zoom_max), *image.size)
             left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
             crop = image.resize((config.crop_px,) * 2, 1, box=(left, top, left + side, top + side))
@@ -52,33 +66,3 @@ def usable_images(shard: Shard) -> Iterator[tuple[str, Image.Image]]:
         for sample in read_samples(shard):
             with suppress(BadSampleError):
                 yield sample.key, decode_image(sample.image or b"")
-
-
-def crop_dataset(source: str, config: CropConfig, needed: int) -> "Dataset":
-    """A stream of at least ``needed`` shuffled crops, as a lazy Ray Dataset (column ``image``)."""
-    import ray
-
-    shards = list_shards(source)
-    per_pass = sum(_crops_expected(image, config) for shard in shards for _, image in usable_images(shard))
-    rng = np.random.default_rng(config.seed)
-    items = [
-        {"shard": shards[i], "pass_index": p}
-        for p in range(num_passes(per_pass, needed))
-        for i in rng.permutation(len(shards))
-    ]
-    return ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
-        lambda item: crops(item["shard"], item["pass_index"], config)
-    )
-
-
-def num_passes(crops_per_pass: float, needed: int) -> int:
-    """Passes that yield ``needed`` crops.
-
-    Enough also where a picture gives a crop in some passes only: such counts spread no more than
-    a Poisson variable's, of which four standard deviations are added.
-    """
-    return math.ceil((needed + 4 * math.sqrt(needed) + 16) / crops_per_pass)
-
-
-def _crops_expected(image: Image.Image, config: CropConfig) -> float:
-    return image.width * image.height / 1e6 * config.crops_per_megapixel

@@ -13,7 +13,7 @@ from pipelines.dataset import LatentDataset
 from pipelines.publish import publish
 from pipelines.train.config import UnetTraining
 
-__all__ = ["check_resume", "read_record", "record_of", "write_record"]
+__all__ = ["check_resume", "flat", "read_record", "record_of", "write_record"]
 
 RECORD_FILE = "run.json"
 # What may change from one start to the next without changing what is learned, but for rounding.
@@ -23,7 +23,7 @@ FREE = {
     "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.max_failures",
     "train.compile", "train.gradient_checkpointing", "train.parallel", "train.data.prefetch_batches",
     "train.data.max_quarantined_share", "train.init", "info.vae", "info.step", "info.text_encoder",
-    "dataset.url",
+    "dataset.url", "train.dtype", "input.url",
 }  # fmt: skip
 
 
@@ -39,7 +39,15 @@ def record_of(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo
             "header": hashlib.sha256(dataset.header.json_bytes()).hexdigest(),
         },
     }
-    return _flat(content)
+    return flat(content)
+
+
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """``{"train": {"steps": 3}}`` → ``{"train.steps": 3}``: names as options have them."""
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def write_record(out: Path, record: Mapping[str, object]) -> None:
@@ -71,10 +79,3 @@ def check_resume(
             f"{out} holds a run of another kind ({shown})",
             do=f"give the settings of that run, or another folder, or --allow {','.join(different)}",
         )
-
-
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

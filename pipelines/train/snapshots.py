@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,18 @@ from torch.utils._pytree import tree_map
 from ldm.errors import UserError
 from pipelines.publish import publish
 
-__all__ = ["FoundSnapshot", "SnapshotWriter", "find_snapshot", "load_snapshot", "snapshot_folder"]
+__all__ = [
+    "SNAPSHOTS",
+    "FoundSnapshot",
+    "SnapshotWriter",
+    "find_snapshot",
+    "load_snapshot",
+    "resume",
+    "snapshot_folder",
+]
 
+# In the output of a run.
+SNAPSHOTS = "snapshots"
 MANIFEST, LATEST = "snapshot.json", "latest.json"
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
 READ_BYTES = 1 << 22
@@ -80,6 +90,25 @@ def load_snapshot(root: Path, step: int, state: dict[str, Any]) -> None:
     reader = FileSystemReader(snapshot_folder(root, step))
     with _without_a_word_on_single_processes():
         load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+class Resumable(Protocol):
+    """A run's state on one rank, as nested dicts of tensors."""
+
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def resume(state: Resumable, root: Path) -> int:
+    """Load the newest valid snapshot, the same on every rank; returns its step."""
+    found = [find_snapshot(root).step if not dist.is_initialized() or dist.get_rank() == 0 else 0]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[0]:
+        stored = state.state()
+        load_snapshot(root, found[0], stored)
+        state.restore(stored)
+    return found[0]
 
 
 class SnapshotWriter:

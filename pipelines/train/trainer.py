@@ -32,15 +32,17 @@ def run(
     min_workers: int | None = None,
     resize_check_s: float = 60.0,
     max_failures: int = 0,
-    datasets: "Mapping[str, Dataset] | None" = None,
+    datasets: "Mapping[str, Callable[[], Dataset]] | None" = None,
 ) -> "Result":
-    """Run ``worker(loop)`` on every training worker; the last two checkpoints stay under ``storage``.
+    """Run ``worker(loop)`` on every training worker; Ray Train keeps its own notes under ``storage``.
 
     num_gpus: of each worker; with 0 it trains on one CPU of Ray's count. min_workers: go on with as few
     where there are no more, and look every resize_check_s whether there is room for another number;
-    max_failures: how often workers that died are started again.
+    max_failures: how often workers that died are started again. datasets: asked for whenever workers are
+    started, and read in their order.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.data import ExecutionOptions
+    from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     return TorchTrainer(
@@ -56,10 +58,10 @@ def run(
             # A name of its own: Ray would else go on with what it remembers of the run before.
             name=f"ray_train/{time.strftime('%Y-%m-%d_%H-%M-%S')}-{uuid.uuid4().hex[:6]}",
             storage_path=str(storage.absolute()),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": MALLOC},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets=dict(datasets or {}),
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     ).fit()

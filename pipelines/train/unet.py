@@ -4,12 +4,8 @@ Everything random is keyed by (seed, epoch, key) or (seed, step). So a run that 
 with the weights of one that was not, and another number of workers changes only the rounding of sums.
 """
 
-import json
-import os
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeAlias
 
 import torch
@@ -21,17 +17,15 @@ from ldm.ema import averaged, constant_decay
 from pipelines.dataset import LatentDataset
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentBatch
+from pipelines.train.metrics_log import METRICS_FILE, MetricsLog, Timed
 from pipelines.train.plan import build_unet, open_loader
-from pipelines.train.progress import DivergedError, Progress, quiet_ray_train, stop_on_nan
-from pipelines.train.snapshots import SnapshotWriter, find_snapshot, load_snapshot
+from pipelines.train.progress import DivergedError, quiet_ray_train, stop_on_nan
+from pipelines.train.snapshots import SNAPSHOTS, SnapshotWriter, find_snapshot, load_snapshot, resume
 from pipelines.train.state import TrainState, trained_weights
 from pipelines.train.trainer import run
 
 __all__ = ["METRICS_FILE", "SNAPSHOTS", "export", "fit"]
 
-# In the output: one JSON object for each logging interval so far.
-METRICS_FILE = "metrics.jsonl"
-SNAPSHOTS = "snapshots"
 Metrics: TypeAlias = dict[str, float]
 
 
@@ -97,14 +91,14 @@ def train(state: TrainState, dataset: LatentDataset, out: Path, report: Callable
     config = state.config
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = open_loader(dataset, config)
-    start = _resume(state, out / SNAPSHOTS)
-    log = _Log(config, out / METRICS_FILE, start, rank)
+    start = resume(state, out / SNAPSHOTS)
+    log = MetricsLog("train", config, out / METRICS_FILE, start, rank)
     writer = SnapshotWriter(out / SNAPSHOTS, config.keep_checkpoints)
     held_out = loader.validation(rank=rank, world=world)
-    batches = _Timed(loader.batches(rank=rank, world=world, first=start))
+    batches = Timed(loader.batches(rank=rank, world=world, first=start))
     for step in range(start + 1, config.steps + 1):
         loss, norm = state.step(next(batches), step)
-        log.add(loss, norm)
+        log.add({"loss": loss}, norm)
         last = step == config.steps
         if last or step % config.log_every == 0:
             metrics = log.close(step, batches.take_waited_s())
@@ -127,99 +121,8 @@ def _report(metrics: Metrics) -> None:
     ray.train.report(metrics)
 
 
-def _resume(state: TrainState, snapshots: Path) -> int:
-    """Load the newest valid snapshot, the same on every rank; returns its step."""
-    found = [find_snapshot(snapshots).step if not dist.is_initialized() or dist.get_rank() == 0 else 0]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if found[0]:
-        stored = state.state()
-        load_snapshot(snapshots, found[0], stored)
-        state.restore(stored)
-    return found[0]
-
-
 def _validation(state: TrainState, held_out: list[LatentBatch]) -> dict[str, float]:
     sums = torch.tensor(state.validate(held_out), dtype=torch.float64, device=state.device)
     if dist.is_initialized():
         dist.all_reduce(sums)
     return {"validation_loss": float(sums[0] / sums[1])} if sums[1] else {}
-
-
-class _Timed(Iterator[LatentBatch]):
-    """Batches, and how long was waited for them."""
-
-    def __init__(self, batches: Iterator[LatentBatch]) -> None:
-        self.batches, self.waited_s = batches, 0.0
-
-    def __next__(self) -> LatentBatch:
-        started = perf_counter()
-        batch = next(self.batches)
-        self.waited_s += perf_counter() - started
-        return batch
-
-    def take_waited_s(self) -> float:
-        waited_s, self.waited_s = self.waited_s, 0.0
-        return waited_s
-
-
-class _Log:
-    """Sums of an interval, their mean over all ranks, the lines of the metrics file (rank 0)."""
-
-    def __init__(self, config: UnetTraining, path: Path, start: int, rank: int) -> None:
-        self.path, self.rank, self.at = path, rank, start
-        self.progress = Progress("train", config.steps, config.batch_size, first_step=start, quiet=rank > 0)
-        self.losses: list[torch.Tensor] = []
-        self.norm = torch.zeros(())
-        self.started = perf_counter()
-        if rank == 0:
-            self._forget_after(start)
-
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        self.losses.append(loss)
-        self.norm = norm
-
-    def close(self, step: int, waited_s: float) -> dict[str, float]:
-        """Metrics of the steps since the last call: loss and gradient norm are the same on all ranks."""
-        loss = torch.stack(self.losses).double().mean()
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
-        seconds = perf_counter() - self.started
-        self.losses, self.started = [], perf_counter()
-        return {
-            "step": step,
-            "loss": float(loss),
-            "gradient_norm": float(self.norm),
-            "data_wait_share": waited_s / seconds,
-        }
-
-    def write(self, metrics: dict[str, float]) -> None:
-        """Print a line and append it to the file."""
-        metrics |= self.progress.line(int(metrics["step"]), metrics)
-        if self.rank == 0:
-            workers = dist.get_world_size() if dist.is_initialized() else 1
-            where = {
-                "workers": workers,
-                "node": platform.node(),
-                "pid": os.getpid(),
-                "device": str(self.norm.device),
-            }
-            with self.path.open("a") as file:
-                file.write(json.dumps(metrics | where) + "\n")
-
-    def _forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be done again, and one that was torn."""
-        if not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return float("inf")

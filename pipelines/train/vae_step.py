@@ -38,12 +38,12 @@ class VaeOptimisation:
     ) -> None:
         """Trains the parameters that require gradients. lr_factor: of the step, counted from 0."""
         self.loss, self.adversary, self.clip_norm = loss, adversary, clip_norm
+        self.learning_rate, self.lr_factor = learning_rate, lr_factor
         self.model = wrap(loss)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor)
 
     def step(self, step: int, images_B3HW: Tensor) -> Step:
         """Update on a batch of images in [-1, 1] on the model's device; ``step`` counts from 1."""
@@ -57,20 +57,21 @@ class VaeOptimisation:
             gan = self.adversary.term(terms, self.loss.last_layer) if playing else _no_term(loss)
             loss = loss + gan.loss
             values |= {"loss": loss, "gan": gan.gan, "gan_weight": gan.weight}
-        norm = self._descend(loss)
+        norm = self._descend(loss, self.learning_rate * self.lr_factor(step - 1))
         if self.adversary is not None:
             decoded = terms.decoded_B3HW
             lost = self.adversary.update(images_B3HW, decoded) if playing else loss.new_zeros(())
             values["discriminator"] = lost
         return Step({name: value.detach() for name, value in values.items()}, norm)
 
-    def _descend(self, loss: Tensor) -> Tensor:
+    def _descend(self, loss: Tensor, learning_rate: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         # No stubs for backward.
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
-        self.schedule.step()
         return norm
 
 

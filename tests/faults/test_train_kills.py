@@ -1,16 +1,12 @@
 """SIGKILL of a training's worker, of its driver and of the whole cluster: the last bits are the same."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -20,72 +16,26 @@ from pipelines.train.plan import plan
 from pipelines.train.snapshots import find_snapshot, load_snapshot
 from pipelines.train.state import TrainState
 from pipelines.train.unet import METRICS_FILE, SNAPSHOTS
+from tests.faults.killed_jobs import (
+    finish,
+    kill_driver,
+    kill_everything,
+    kill_worker,
+    last_step,
+    start_job,
+    wait_for_step,
+)
+from tests.same_bits import differing
 
 INTERVAL, STEPS = 10, 120
 OPTIONS: dict[str, Any] = {
     "preset": "tiny", "batch_size": 8, "steps": STEPS, "checkpoint_every": INTERVAL, "log_every": 1,
     "validate_every": 40, "num_workers": 2, "threads": 1, "keep_checkpoints": 20,
 }  # fmt: skip
-WORKER = "ray::RayTrainWorker"
 
 
 def start(dataset: Path, out: Path) -> "subprocess.Popen[str]":
-    """``ldm train`` with a cluster of its own, in a process group of its own."""
-    config = out.with_suffix(".yaml")
-    config.write_text(json.dumps({"train": OPTIONS, "cluster": {"num_cpus": 4}}))
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "train", str(dataset), str(out), "--config", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def last_step(out: Path) -> int:
-    file = out / METRICS_FILE
-    lines = file.read_text().splitlines() if file.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
-
-
-def wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> int:
-    deadline = time.monotonic() + 120
-    while last_step(out) < step:
-        assert process.poll() is None, "it ended before it was killed"
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.02)
-    return last_step(out)
-
-
-def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def kill_worker(process: "subprocess.Popen[str]") -> None:
-    """One of the two ranks; the driver goes on."""
-    victim = next(child for child in family(process) if WORKER in " ".join(child.cmdline()))
-    victim.kill()
-
-
-def kill_driver(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-    process.communicate(timeout=60)
-
-
-def kill_everything(process: "subprocess.Popen[str]") -> None:
-    """Driver, raylet, GCS and workers, at one moment."""
-    members = [*family(process), psutil.Process(process.pid)]
-    for member in members:
-        os.kill(member.pid, signal.SIGSTOP)
-    for member in members:
-        member.kill()
-    process.communicate(timeout=60)
+    return start_job("train", dataset, out, OPTIONS)
 
 
 def final_state(dataset: Path, out: Path) -> dict[str, Any]:
@@ -94,16 +44,6 @@ def final_state(dataset: Path, out: Path) -> dict[str, Any]:
     assert find_snapshot(out / SNAPSHOTS).step == STEPS
     load_snapshot(out / SNAPSHOTS, STEPS, state)
     return state
-
-
-def differing(a: Any, b: Any, name: str = "") -> list[str]:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        return [found for key in a for found in differing(a[key], b[key], f"{name}.{key}")]
-    if isinstance(a, list):
-        return [found for x, y in zip(a, b, strict=True) for found in differing(x, y, name)]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [name]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from ldm.ema import averaged, constant_decay
 from ldm.perceptual import load_perceptual
 from ldm.vae_loss import VaeLoss
 from pipelines.train.adversary import Adversary
-from pipelines.train.vae import trained_parts
+from pipelines.train.vae_state import trained_parts
 from pipelines.train.vae_step import VaeOptimisation
 
 

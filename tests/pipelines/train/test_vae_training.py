@@ -14,9 +14,11 @@ from ldm.autoencoder import load
 from ldm.errors import UserError
 from ldm.image_tensors import to_model
 from ldm.latents import LatentStats
+from ldm.vae_loss import VaeLoss
 from pipelines.shards import Sample, list_shards, write_tar
-from pipelines.train.crops import crops, num_passes
-from pipelines.train.vae import STATISTICS_BATCHES, VaeLoss, VaeTraining, check, num_crops, set_scale
+from pipelines.train.crops import crops
+from pipelines.train.vae import check, set_scale
+from pipelines.train.vae_config import VaeTraining
 
 # A photo of 40×32 pixels gives 8 crops in every pass.
 CROPS_PER_MEGAPIXEL = 8 / (40 * 32 / 1e6)
@@ -101,23 +103,15 @@ def test_a_small_picture_gives_its_share_of_crops_over_the_passes(shards_folder:
     (shard,) = list_shards(shards_folder)
     config = training(crops_per_megapixel=0.3 / (40 * 32 / 1e6))
     counts = [len(list(crops(shard, index, config))) for index in range(200)]
-    assert sum(counts) == pytest.approx(200 * 5 * 0.3, abs=4 * (200 * 5 * 0.3 * 0.7) ** 0.5)
-
-
-@pytest.mark.parametrize("per_pass", [0.008, 1.0, 40.0, 1e6])
-def test_passes_are_enough_for_the_steps_and_the_statistics(per_pass: float) -> None:
-    needed = num_crops(training(steps=3, batch_size=2))
-    assert needed == (3 + STATISTICS_BATCHES) * 2
-    mean = per_pass * num_passes(per_pass, needed)
-    assert mean - 4 * mean**0.5 >= needed
-    assert mean <= needed * 1.6 + per_pass
+    assert sum(counts) == pytest.approx(200 * 5 * 0.3, abs=5)
+    assert max(counts) <= 5 and len(set(counts)) > 1
 
 
 def test_scale_is_measured(vae_folder: Path) -> None:
     vae = load(vae_folder).vae
     images = to_model(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
-    set_scale(vae, [images[:4], images[4:]])
     stats = LatentStats.of(load(vae_folder).encode(images))
+    set_scale(vae, stats)
     assert vae.config["scaling_factor"] == pytest.approx(stats.scaling_factor, abs=1e-5)
 
 

@@ -103,6 +103,8 @@ class BenchTrainJob(JobConfig):
             "batch_size": 64,
             "threads": self.threads,
             "data": {"validation_rows": 0},
+            # The bare loop makes none.
+            "samples": {"num_images": 0},
         }
 
     def _rate(self, way: str, dataset: Path, config: dict[str, Any]) -> float:

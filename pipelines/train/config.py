@@ -16,6 +16,8 @@ from pydantic import (
 from ldm import unet
 from ldm.objective import NoiseSchedule
 from pipelines.train.loader import LoaderConfig
+from pipelines.train.sample_grid import SampleGrid
+from pipelines.train.wandb_run import WandbConfig
 
 __all__ = ["UnetTraining"]
 
@@ -55,6 +57,8 @@ class UnetTraining(BaseModel):
     seed: int = 0
     log_every: PositiveInt = 100
     validate_every: PositiveInt = Field(1_000, description="at the first logged step of as many")
+    samples: SampleGrid = SampleGrid()
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases, beside TensorBoard")
     checkpoint_every: PositiveInt = Field(
         1_000, description="steps that a kill loses at most; a snapshot is begun twice as often"
     )

@@ -37,7 +37,7 @@ class TrainState:
         self.raw: nn.Module = build_unet(config, info).train().to(device)
         if config.gradient_checkpointing:
             self.raw.enable_gradient_checkpointing()
-        self.ema: AveragedModel = averaged(self.raw, _ema_decay(config))
+        self.ema: AveragedModel = averaged(self.raw, _ema_decay(config)).eval()
         self.model = self._distributed(self.raw)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),

@@ -8,12 +8,15 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from ldm import checkpoint
 from ldm.checkpoint import CheckpointInfo
@@ -21,11 +24,14 @@ from ldm.ema import averaged, constant_decay
 from pipelines.dataset import LatentDataset
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentBatch
+from pipelines.train.monitor import Monitor, monitoring
 from pipelines.train.plan import build_unet, open_loader
 from pipelines.train.progress import DivergedError, Progress, quiet_ray_train, stop_on_nan
+from pipelines.train.sample_grid import SAMPLES, GridSampler
 from pipelines.train.snapshots import SnapshotWriter, find_snapshot, load_snapshot
 from pipelines.train.state import TrainState
 from pipelines.train.trainer import run
+from pipelines.vae_source import on_every_node
 
 __all__ = ["METRICS_FILE", "SNAPSHOTS", "export", "fit"]
 
@@ -40,6 +46,7 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out:
 
     Raises DivergedError where the loss or the gradient is no finite number.
     """
+    info = info.model_copy(update={"vae": on_every_node(info.vae)})
     loop = {"dataset": dataset.url, "config": config, "info": info, "out": out.absolute()}
     result = run(
         _train_worker,
@@ -94,13 +101,26 @@ def train(state: TrainState, dataset: LatentDataset, out: Path, report: Callable
     report: called by every rank with the metrics at each snapshot. Raises DivergedError on every rank at the
     first interval with a loss or gradient that is no finite number.
     """
+    start = _resume(state, out / SNAPSHOTS)
+    with monitoring(state.config, out, start) as monitors:
+        _train_from(start, state, dataset, out, report, monitors)
+
+
+def _train_from(
+    start: int,
+    state: TrainState,
+    dataset: LatentDataset,
+    out: Path,
+    report: Callable[[Metrics], None],
+    monitors: list[Monitor],
+) -> None:
     config = state.config
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = open_loader(dataset, config)
-    start = _resume(state, out / SNAPSHOTS)
-    log = _Log(config, out / METRICS_FILE, start, rank)
+    log = _Log(config, out / METRICS_FILE, start, rank, monitors)
     writer = SnapshotWriter(out / SNAPSHOTS, config.keep_checkpoints)
     held_out = loader.validation(rank=rank, world=world)
+    grids = GridSampler(state, loader, out / SAMPLES, start)
     batches = _Timed(loader.batches(rank=rank, world=world, first=start))
     for step in range(start + 1, config.steps + 1):
         loss, norm = state.step(next(batches), step)
@@ -109,9 +129,13 @@ def train(state: TrainState, dataset: LatentDataset, out: Path, report: Callable
         if last or step % config.log_every == 0:
             metrics = log.close(step, batches.take_waited_s())
             if last or step % config.validate_every < config.log_every:
-                metrics |= _validation(state, held_out)
+                with log.pause():
+                    metrics |= _validation(state, held_out)
             stop_on_nan(metrics)
-            log.write(metrics)
+            log.write(metrics, state.optimizer.param_groups[0]["lr"])
+            if grids.due(step):
+                with log.pause():
+                    log.show(step, grids.draw(step))
         if last or step % config.snapshot_every == 0:
             # Never into a snapshot. The norm is that of all ranks, so all of them stop.
             stop_on_nan({"step": step, "gradient_norm": float(norm)})
@@ -164,10 +188,12 @@ class _Timed(Iterator[LatentBatch]):
 
 
 class _Log:
-    """Sums of an interval, their mean over all ranks, the lines of the metrics file (rank 0)."""
+    """Sums of an interval, their mean over all ranks; the metrics file and the monitors (rank 0)."""
 
-    def __init__(self, config: UnetTraining, path: Path, start: int, rank: int) -> None:
-        self.path, self.rank, self.at = path, rank, start
+    def __init__(
+        self, config: UnetTraining, path: Path, start: int, rank: int, monitors: list[Monitor]
+    ) -> None:
+        self.path, self.rank, self.monitors = path, rank, monitors
         self.progress = Progress("train", config.steps, config.batch_size, first_step=start, quiet=rank > 0)
         self.losses: list[torch.Tensor] = []
         self.norm = torch.zeros(())
@@ -194,13 +220,30 @@ class _Log:
             "data_wait_share": waited_s / seconds,
         }
 
-    def write(self, metrics: dict[str, float]) -> None:
-        """Print a line and append it to the file."""
-        metrics |= self.progress.line(int(metrics["step"]), metrics)
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside counts in no rate and no share of time."""
+        began = perf_counter()
+        yield
+        seconds = perf_counter() - began
+        self.started += seconds
+        self.progress.skip(seconds)
+
+    def write(self, metrics: dict[str, float], learning_rate: float) -> None:
+        """Print a line, append it to the file, and pass it to the monitors."""
+        step = int(metrics["step"])
+        metrics |= self.progress.line(step, metrics) | {"learning_rate": learning_rate}
+        for monitor in self.monitors:
+            monitor.log(step, {name: value for name, value in metrics.items() if name != "step"})
         if self.rank == 0:
             where = {"node": platform.node(), "pid": os.getpid(), "device": str(self.norm.device)}
             with self.path.open("a") as file:
                 file.write(json.dumps(metrics | where) + "\n")
+
+    def show(self, step: int, image_HW3: NDArray[np.uint8] | None) -> None:
+        if image_HW3 is not None:
+            for monitor in self.monitors:
+                monitor.show(step, image_HW3)
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again, and one that was torn."""

@@ -112,6 +112,8 @@ class BenchTrainJob(JobConfig):
             "batch_size": 64,
             "threads": threads,
             "data": {"validation_rows": 0},
+            # The bare loop makes none.
+            "samples": {"num_images": 0},
             **options,
         }
 

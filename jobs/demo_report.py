@@ -83,10 +83,12 @@ class Report:
 def write(report: Report, out: Path) -> Path:
     """Write ``report.html`` and the grids as PNGs into ``out``; returns the page's path."""
     from jobs.pages import data_url, render, svg_of_line
+    from ldm.image_tensors import image_grid
 
     (out / "samples").mkdir()
     for grid in report.grids:
-        sheet = np.concatenate([np.concatenate(images, axis=1) for _, images in grid.rows], axis=0)
+        images = [image for _, images in grid.rows for image in images]
+        sheet = image_grid(np.stack(images), columns=len(grid.rows[0][1]))
         (out / "samples" / f"guidance-{grid.guidance:g}.png").write_bytes(_png(sheet))
     history = _history(out / "checkpoint")
     steps, losses = ([h[name] for h in history] for name in ("step", "loss"))

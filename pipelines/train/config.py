@@ -18,6 +18,8 @@ from ldm.lora import LoraTraining
 from ldm.objective import NoiseSchedule
 from ldm.upsampling import MAX_NOISE_LEVEL, NUM_NOISE_LEVELS
 from pipelines.train.loader import LoaderConfig
+from pipelines.train.sample_grid import SampleGrid
+from pipelines.train.wandb_run import WandbConfig
 
 __all__ = ["UnetTraining"]
 
@@ -63,6 +65,8 @@ class UnetTraining(BaseModel):
     seed: int = 0
     log_every: PositiveInt = 100
     validate_every: PositiveInt = Field(1_000, description="at the first logged step of as many")
+    samples: SampleGrid = SampleGrid()
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases, beside TensorBoard")
     checkpoint_every: PositiveInt = Field(
         1_000, description="steps that a kill loses at most; a snapshot is begun twice as often"
     )

@@ -3,14 +3,18 @@
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
+from pipelines.train.monitor import Monitor
 from pipelines.train.progress import Progress
 
 __all__ = ["METRICS_FILE", "MetricsLog", "Timed"]
@@ -47,10 +51,12 @@ class Timed(Iterator[Batch]):
 
 
 class MetricsLog:
-    """Sums of an interval, their mean over all ranks, the lines of the metrics file (rank 0)."""
+    """Sums of an interval, their mean over all ranks; the metrics file and the monitors (rank 0)."""
 
-    def __init__(self, name: str, config: Run, path: Path, start: int, rank: int) -> None:
-        self.path, self.rank, self.at = path, rank, start
+    def __init__(
+        self, name: str, config: Run, path: Path, start: int, rank: int, monitors: Sequence[Monitor]
+    ) -> None:
+        self.path, self.rank, self.monitors = path, rank, monitors
         self.progress = Progress(name, config.steps, config.batch_size, first_step=start, quiet=rank > 0)
         self.names: list[str] = []
         self.terms: list[torch.Tensor] = []
@@ -80,9 +86,21 @@ class MetricsLog:
             "data_wait_share": waited_s / seconds,
         }
 
-    def write(self, metrics: dict[str, float]) -> None:
-        """Print a line and append it to the file."""
-        metrics |= self.progress.line(int(metrics["step"]), metrics)
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside counts in no rate and no share of time."""
+        began = perf_counter()
+        yield
+        seconds = perf_counter() - began
+        self.started += seconds
+        self.progress.skip(seconds)
+
+    def write(self, metrics: dict[str, float], learning_rate: float) -> None:
+        """Print a line, append it to the file, and pass it to the monitors."""
+        step = int(metrics["step"])
+        metrics |= self.progress.line(step, metrics) | {"learning_rate": learning_rate}
+        for monitor in self.monitors:
+            monitor.log(step, {name: value for name, value in metrics.items() if name != "step"})
         if self.rank == 0:
             where = {
                 "workers": dist.get_world_size() if dist.is_initialized() else 1,
@@ -92,6 +110,12 @@ class MetricsLog:
             }
             with self.path.open("a") as file:
                 file.write(json.dumps(metrics | where) + "\n")
+
+    def show(self, step: int, image_HW3: NDArray[np.uint8] | None) -> None:
+        """Pass a sample grid to the monitors; None on a rank that has none."""
+        if image_HW3 is not None:
+            for monitor in self.monitors:
+                monitor.show(step, image_HW3)
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again, and one that was torn."""

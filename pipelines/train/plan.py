@@ -11,6 +11,7 @@ from pipelines.dataset import LatentDataset
 from pipelines.text_table import read_width
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentLoader
+from pipelines.train.wandb_run import check_wandb
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -22,10 +23,13 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
     """Check all that can be wrong; returns what the checkpoint will say.
 
     vae: the VAE that will decode, or None for the dataset's own. UserError where it is not the one
-    that encoded, where batch, layout or latent size do not fit, and as `LatentLoader` raises it.
+    that encoded, where batch, layout or latent size do not fit, and as `LatentLoader` and `check_wandb`
+    raise it.
     """
     from ldm import autoencoder
 
+    if config.wandb:
+        check_wandb(config.wandb)
     header = dataset.header
     vae_model = autoencoder.load(vae or header.vae)
     checkpoint.check_vae(vae_model, header.vae_fingerprint, f"latent dataset {dataset.url}")

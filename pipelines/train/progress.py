@@ -37,6 +37,10 @@ class Progress:
             "left_s": (self.num_steps - step) / mean_steps_per_s,
         }
 
+    def skip(self, seconds: float) -> None:
+        """Leave time that went into something else than steps out of the next rates."""
+        self.last_s += seconds
+
     def line(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Print one line for ``step``; returns the rates."""
         rates = self.rates(step)

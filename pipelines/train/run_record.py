@@ -25,6 +25,8 @@ FREE = {
     "train.data.max_quarantined_share", "train.init", "info.vae", "info.step", "info.text_encoder",
     "dataset.url", "train.dtype", "input.url",
 }  # fmt: skip
+# Of groups of settings, with all that is in them.
+FREE_GROUPS = ("train.samples.", "train.wandb")
 
 
 def record_of(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo) -> dict[str, object]:
@@ -72,7 +74,7 @@ def check_resume(
     """UserError that shows the differences, unless all of them are free or in ``allow``."""
     free = {*FREE, *allow, *(f"train.{name}" for name in allow)}
     names = sorted((stored.keys() | record.keys()) - free)
-    different = [n for n in names if stored.get(n) != record.get(n)]
+    different = [n for n in names if stored.get(n) != record.get(n) and not n.startswith(FREE_GROUPS)]
     if different:
         shown = "; ".join(f"{n}: {record.get(n)}, was {stored.get(n)}" for n in different)
         raise UserError(

@@ -73,6 +73,7 @@ class TrainState:
         torch.manual_seed(keyed_seed("layers", self.config.seed, step) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self._lr_factor(step - 1)
+            group["weight_decay"] = self.config.weight_decay  # the stored one may have been changed since
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(batch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)

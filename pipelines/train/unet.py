@@ -18,11 +18,14 @@ from pipelines.dataset import LatentDataset
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentBatch
 from pipelines.train.metrics_log import METRICS_FILE, MetricsLog, Timed
+from pipelines.train.monitor import Monitor, monitoring
 from pipelines.train.plan import build_unet, open_loader
 from pipelines.train.progress import DivergedError, quiet_ray_train, stop_on_nan
+from pipelines.train.sample_grid import SAMPLES, GridSampler
 from pipelines.train.snapshots import SNAPSHOTS, SnapshotWriter, find_snapshot, load_snapshot, resume
 from pipelines.train.state import TrainState, trained_weights
 from pipelines.train.trainer import run
+from pipelines.vae_source import on_every_node
 
 __all__ = ["METRICS_FILE", "SNAPSHOTS", "export", "fit"]
 
@@ -34,6 +37,7 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out:
 
     Raises DivergedError where the loss or the gradient is no finite number.
     """
+    info = info.model_copy(update={"vae": on_every_node(info.vae)})
     loop = {"dataset": dataset.url, "config": config, "info": info, "out": out.absolute()}
     result = run(
         _train_worker,
@@ -88,13 +92,27 @@ def train(state: TrainState, dataset: LatentDataset, out: Path, report: Callable
     report: called by every rank with the metrics at each snapshot. Raises DivergedError on every rank at the
     first interval with a loss or gradient that is no finite number.
     """
+    start = resume(state, out / SNAPSHOTS)
+    config = state.config
+    with monitoring(out, start, config.wandb, config.model_dump(mode="json")) as monitors:
+        _train_from(start, state, dataset, out, report, monitors)
+
+
+def _train_from(
+    start: int,
+    state: TrainState,
+    dataset: LatentDataset,
+    out: Path,
+    report: Callable[[Metrics], None],
+    monitors: list[Monitor],
+) -> None:
     config = state.config
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = open_loader(dataset, config)
-    start = resume(state, out / SNAPSHOTS)
-    log = MetricsLog("train", config, out / METRICS_FILE, start, rank)
+    log = MetricsLog("train", config, out / METRICS_FILE, start, rank, monitors)
     writer = SnapshotWriter(out / SNAPSHOTS, config.keep_checkpoints)
     held_out = loader.validation(rank=rank, world=world)
+    grids = GridSampler(state, loader, out / SAMPLES, start)
     batches = Timed(loader.batches(rank=rank, world=world, first=start))
     for step in range(start + 1, config.steps + 1):
         loss, norm = state.step(next(batches), step)
@@ -103,9 +121,13 @@ def train(state: TrainState, dataset: LatentDataset, out: Path, report: Callable
         if last or step % config.log_every == 0:
             metrics = log.close(step, batches.take_waited_s())
             if last or step % config.validate_every < config.log_every:
-                metrics |= _validation(state, held_out)
+                with log.pause():
+                    metrics |= _validation(state, held_out)
             stop_on_nan(metrics)
-            log.write(metrics)
+            log.write(metrics, state.optimizer.param_groups[0]["lr"])
+            if grids.due(step):
+                with log.pause():
+                    log.show(step, grids.draw(step))
         if last or step % config.snapshot_every == 0:
             # Never into a snapshot. The norm is that of all ranks, so all of them stop.
             stop_on_nan({"step": step, "gradient_norm": float(norm)})

@@ -6,7 +6,7 @@ A run that was stopped goes on from its newest snapshot, with the crops and the 
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipelines.shards.shard import version_of_all
 from pipelines.train.crop_order import WINDOW_BATCHES, CropOrder, crop_dataset, shuffled_batches
 from pipelines.train.crops import usable_images
 from pipelines.train.metrics_log import METRICS_FILE, MetricsLog, Timed
+from pipelines.train.monitor import Monitor, monitoring
 from pipelines.train.progress import DivergedError, quiet_ray_train, stop_on_nan
 from pipelines.train.run_record import flat
 from pipelines.train.snapshots import SNAPSHOTS, SnapshotWriter, find_snapshot, load_snapshot, resume
@@ -189,9 +190,20 @@ def train(state: VaeState, batches_after: Callable[[int], Iterator[Tensor]], out
     batches_after: from a step to this rank's shares of the batches after it. Raises DivergedError on every
     rank at the first interval with a loss, gradient or weight that is no finite number.
     """
-    config = state.config
     start = resume(state, out / SNAPSHOTS)
-    log = MetricsLog("train-vae", config, out / METRICS_FILE, start, state.rank)
+    with monitoring(out, start) as monitors:
+        _train_from(start, state, batches_after, out, monitors)
+
+
+def _train_from(
+    start: int,
+    state: VaeState,
+    batches_after: Callable[[int], Iterator[Tensor]],
+    out: Path,
+    monitors: Sequence[Monitor],
+) -> None:
+    config = state.config
+    log = MetricsLog("train-vae", config, out / METRICS_FILE, start, state.rank, monitors)
     writer = SnapshotWriter(out / SNAPSHOTS, config.keep_checkpoints)
     batches = Timed(batches_after(start))
     for step in range(start + 1, config.steps + 1):
@@ -201,7 +213,7 @@ def train(state: VaeState, batches_after: Callable[[int], Iterator[Tensor]], out
         if last or step % config.log_every == 0:
             metrics = log.close(step, batches.take_waited_s())
             stop_on_nan(metrics)
-            log.write(metrics)
+            log.write(metrics, state.optimisation.optimizer.param_groups[0]["lr"])
         if last or step % config.snapshot_every == 0:
             # Never into a snapshot. The weights are the same on all ranks, so all of them stop.
             stop_on_nan({"step": step, "norm of the weights": float(state.weight_norm())})

@@ -51,7 +51,8 @@ def test_what_is_allowed_or_free_may_differ(
 ) -> None:
     """The next difference is refused, so the allowed one was not."""
     args = ("--allow", "learning_rate", "--train.learning-rate", "0.1", "--train.threads", "2")
-    said = refusal(capsys, str(latent_folder), str(begun), *args, "--train.seed", "5")
+    watched = ("--train.samples.every", "5", "--train.wandb.project", "cats", "--train.wandb.mode", "offline")
+    said = refusal(capsys, str(latent_folder), str(begun), *args, *watched, "--train.seed", "5")
     assert "(train.seed: 5, was 0)" in said
 
 

@@ -21,6 +21,7 @@ from tests.pipelines.train.training_ranks import Stopped, stop, train_on
 OPTIONS: dict[str, Any] = {
     "preset": "tiny", "batch_size": 8, "steps": 12, "checkpoint_every": 4, "log_every": 1,
     "validate_every": 6, "warmup_steps": 3, "keep_checkpoints": 20, "data": {"validation_rows": 4},
+    "samples": {"num_images": 0},
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ TRAIN = {
     "zoom_max": 1.0,
     "crops_per_megapixel": 250,
     "batch_size": 16,
-    "steps": 900,
+    "steps": 500,
     "learning_rate": 5e-4,
     "warmup_steps": 50,
     "kl_weight": 1e-5,

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,14 +48,14 @@ def take_turns(ways: Mapping[str, Way], seconds: float) -> dict[str, list[Line]]
 
     RuntimeError with the end of its log where a command ends by itself.
     """
-    with _paused(ways) as processes:
+    with _paused(ways) as running:
         # Forwards and back, so that a machine that slows down slows all of them.
         for turn in range(max(2, round(seconds / TURN_S))):
             for name in list(ways) if turn % 2 == 0 else reversed(list(ways)):
-                _signal(processes[name], signal.SIGCONT)
+                running[name].signal(signal.SIGCONT)
                 time.sleep(min(TURN_S, seconds))
-                _signal(processes[name], signal.SIGSTOP)
-                _check_runs(processes[name], ways[name])
+                running[name].signal(signal.SIGSTOP)
+                running[name].check()
     return {name: _uninterrupted(_lines(way.log)[WARM_UP_LINES:]) for name, way in ways.items()}
 
 
@@ -63,54 +64,64 @@ def rate_of(lines: Sequence[Line]) -> float:
     return len(lines) / sum(1 / line["steps_per_s"] for line in lines)
 
 
-@contextmanager
-def _paused(ways: Mapping[str, Way]) -> "Iterator[dict[str, subprocess.Popen[bytes]]]":
-    """All of them started, warm and stopped; killed at the end."""
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for name, way in ways.items():
-            processes[name] = _start(way)
-            _signal(processes[name], signal.SIGSTOP)
-        yield processes
-    finally:
-        for process in processes.values():
-            _signal(process, signal.SIGKILL)
-            process.wait()
+class _Running:
+    """A way at work, with what it printed on standard error."""
 
-
-def _start(way: Way) -> "subprocess.Popen[bytes]":
-    way.log.parent.mkdir(parents=True, exist_ok=True)
-    with _errors_of(way).open("wb") as errors:
-        process = subprocess.Popen(
+    def __init__(self, way: Way) -> None:
+        self.way = way
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
+        self.process = subprocess.Popen(
             [sys.executable, *way.arguments],
             stdout=subprocess.DEVNULL,
-            stderr=errors,
+            stderr=self.errors,
             env={**os.environ, **way.environment},
         )
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while len(_lines(way.log)) < WARM_UP_LINES:
-        _check_runs(process, way)
-        if time.monotonic() > deadline:
-            _signal(process, signal.SIGKILL)
-            raise RuntimeError(f"{' '.join(way.arguments)} did not begin within {START_TIMEOUT_S:.0f} s")
-        time.sleep(0.2)
-    return process
+
+    def wait_until_warm(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while len(_lines(self.way.log)) < WARM_UP_LINES:
+            self.check()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self} did not begin within {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        if self.process.poll() is not None:
+            self.errors.seek(0)
+            end = self.errors.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{self} ended by itself:\n{end}")
+
+    def signal(self, number: signal.Signals) -> None:
+        _signal(self.process.pid, number)
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        self.errors.close()
+
+    def __str__(self) -> str:
+        return " ".join(self.way.arguments)
 
 
-def _check_runs(process: "subprocess.Popen[bytes]", way: Way) -> None:
-    if process.poll() is not None:
-        end = _errors_of(way).read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"{' '.join(way.arguments)} ended by itself:\n{end}")
+@contextmanager
+def _paused(ways: Mapping[str, Way]) -> Iterator[dict[str, _Running]]:
+    """All of them started, warm and stopped; killed at the end."""
+    running: dict[str, _Running] = {}
+    try:
+        for name, way in ways.items():
+            running[name] = _Running(way)
+            running[name].wait_until_warm()
+            running[name].signal(signal.SIGSTOP)
+        yield running
+    finally:
+        for one in running.values():
+            one.end()
 
 
-def _errors_of(way: Way) -> Path:
-    return way.log.with_suffix(".stderr")
-
-
-def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+def _signal(pid: int, number: signal.Signals) -> None:
     """To the process and to everything that it started."""
     try:
-        root = psutil.Process(process.pid)
+        root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return

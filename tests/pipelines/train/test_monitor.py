@@ -53,7 +53,7 @@ def metrics(out: Path) -> dict[tuple[int, str], float]:
         (line["step"], name): value
         for line in lines
         for name, value in line.items()
-        if name not in ("step", "node", "pid", "device")
+        if name not in ("step", "workers", "node", "pid", "device")
     }
 
 

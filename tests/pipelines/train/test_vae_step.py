@@ -1,9 +1,7 @@
 """A step of VAE training: bit-equal to plain AdamW, the GAN by hand, two ranks like one, frozen parts."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from ldm.vae_loss import VaeLoss
 from pipelines.train.adversary import Adversary
 from pipelines.train.vae_state import trained_parts
 from pipelines.train.vae_step import VaeOptimisation
+from tests.pipelines.train.vae_ranks import step_on, steps_of
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +23,6 @@ def _own_random_state() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-
-
-@pytest.fixture(scope="module")
-def ranks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vae_ranks", Path(__file__).with_name("vae_ranks.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def as_it_is(module: nn.Module) -> nn.Module:
@@ -159,11 +149,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def test_two_ranks_are_one_process_on_the_joined_batch(
-    ranks: ModuleType, vae_folder: Path, tmp_path: Path
-) -> None:
-    one = ranks.steps_of(str(vae_folder), 0, 1, as_it_is)
-    two = ranks.step_on(2, tmp_path / "ddp", vae_folder)
+def test_two_ranks_are_one_process_on_the_joined_batch(vae_folder: Path, tmp_path: Path) -> None:
+    one = steps_of(str(vae_folder), 0, 1, as_it_is)
+    two = step_on(2, tmp_path / "ddp", vae_folder)
     for rank in two:
         for name in ("vae1", "vae2", "vae3", "discriminator"):
             assert relative_error(rank[name], one[name]) < 1e-4, name
@@ -174,12 +162,10 @@ def test_two_ranks_are_one_process_on_the_joined_batch(
     assert relative_error(two[0]["terms1"]["loss"], two[1]["terms1"]["loss"]) > 1e-4
 
 
-def test_two_ranks_drift_apart_where_the_call_bypasses_ddp(
-    ranks: ModuleType, vae_folder: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_drift_apart_where_the_call_bypasses_ddp(vae_folder: Path, tmp_path: Path) -> None:
     """The oracle above sees the fault: the unwrapped module called, so nothing is synchronised."""
-    one = ranks.steps_of(str(vae_folder), 0, 1, as_it_is)
-    two = ranks.step_on(2, tmp_path / "bypass", vae_folder, "bypass")
+    one = steps_of(str(vae_folder), 0, 1, as_it_is)
+    two = step_on(2, tmp_path / "bypass", vae_folder, "bypass")
     assert not torch.equal(two[0]["weights"], two[1]["weights"])
     for rank in two:
         assert relative_error(rank["vae1"], one["vae1"]) > 0.05

@@ -1,36 +1,19 @@
-"""Ranks of a VAE training as plain processes with gloo, without Ray: what the DDP test starts.
+"""Ranks of a VAE training as plain processes, without Ray: what the DDP test starts."""
 
-usage: vae_ranks.py RANK WORLD RENDEZVOUS OUT VAE HOW   (HOW: "ddp", or "bypass" for the fault)
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["step_on", "steps_of"]
+from tests.forked_ranks import run_ranks
 
-ROOT = Path(__file__).parents[3]
+__all__ = ["step_on", "steps_of"]
 
 
 def step_on(world: int, folder: Path, vae: Path, how: str = "ddp") -> list[dict[str, Any]]:
-    """What `steps_of` gives on each of ``world`` ranks."""
+    """What `steps_of` gives on each of ``world`` ranks. how: "ddp", or "bypass" for the fault."""
     import torch
 
     folder.mkdir()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), f"{folder}/meet", f"{folder}/{rank}", vae, how],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(world, folder, _step, folder, vae, how)
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(world)]
 
 
@@ -74,17 +57,10 @@ def steps_of(vae_folder: str, rank: int, world: int, wrap: Any) -> dict[str, Any
     return found
 
 
-def main(rank: str, world: str, meet: str, out: str, vae: str, how: str) -> None:
+def _step(rank: int, world: int, folder: Path, vae: Path, how: str) -> None:
     import torch
-    import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=int(rank), world_size=int(world))
     ddp = DistributedDataParallel
-    torch.save(steps_of(vae, int(rank), int(world), ddp if how == "ddp" else lambda m: ddp(m).module), out)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    wrap = ddp if how == "ddp" else lambda module: ddp(module).module
+    torch.save(steps_of(str(vae), rank, world, wrap), folder / str(rank))

@@ -1,0 +1,47 @@
+"""Ranks of torch.distributed (gloo) as processes, forked from a server that has imported what takes seconds.
+
+A fresh interpreter imports torch and diffusers for each rank: most of what a test of several ranks costs.
+"""
+
+import multiprocessing
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["run_ranks"]
+
+TIMEOUT_S = 120
+PRELOADED = ["torch.distributed.fsdp", "pipelines.train.unet", "pipelines.train.vae", "ldm.perceptual"]
+
+
+def run_ranks(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
+    """Call ``work(rank, world, *arguments)`` on every rank of a process group, in a process each.
+
+    work: a function of a module that can be imported. What a rank prints is in the test's captured output.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    meet = str(folder / f"meet-{uuid.uuid4().hex}")
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, meet, work, arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(TIMEOUT_S)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * world, f"the ranks ended with {codes}"
+
+
+def _rank(rank: int, world: int, meet: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
+    work(rank, world, *arguments)
+    dist.destroy_process_group()

@@ -4,8 +4,12 @@ A fresh interpreter imports torch and diffusers for each rank: most of what a te
 """
 
 import multiprocessing
+import pickle
+import runpy
+import sys
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +22,15 @@ PRELOADED = ["torch.distributed.fsdp", "pipelines.train.unet", "pipelines.train.
 def run_ranks(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
     """Call ``work(rank, world, *arguments)`` on every rank of a process group, in a process each.
 
-    work: a function of a module that can be imported. What a rank prints is in the test's captured output.
+    What a rank prints is in the test's captured output.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     meet = str(folder / f"meet-{uuid.uuid4().hex}")
+    calls = [_pickled(partial(_rank, rank, world, meet, work, arguments), work) for rank in range(world)]
     ranks = [
-        context.Process(target=_rank, args=(rank, world, meet, work, arguments), daemon=True)
-        for rank in range(world)
+        context.Process(target=runpy.run_path, args=(__file__, {"CALL": call}, "__rank__"), daemon=True)
+        for call in calls
     ]
     for process in ranks:
         process.start()
@@ -37,6 +42,16 @@ def run_ranks(world: int, folder: Path, work: Callable[..., None], *arguments: A
     assert codes == [0] * world, f"the ranks ended with {codes}"
 
 
+def _pickled(call: Callable[[], None], work: Callable[..., None]) -> bytes:
+    """With the code of the tests' modules: some distributions install a package that is called ``tests``."""
+    from ray import cloudpickle
+
+    for function in (_rank, work):
+        cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+    data: bytes = cloudpickle.dumps(call)
+    return data
+
+
 def _rank(rank: int, world: int, meet: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     import torch
     import torch.distributed as dist
@@ -45,3 +60,7 @@ def _rank(rank: int, world: int, meet: str, work: Callable[..., None], arguments
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
     work(rank, world, *arguments)
     dist.destroy_process_group()
+
+
+if __name__ == "__rank__":
+    pickle.loads(CALL)()  # type: ignore[name-defined]  # noqa: F821  # run_path's

@@ -149,6 +149,10 @@ def set_scale(vae: "AutoencoderKL", stats: LatentStats) -> None:
 
 def _crops_left(order: CropOrder, config: VaeTraining, out: Path) -> "Dataset":
     """Ray asks for it whenever it starts the workers: from the snapshot on that they will find."""
+    import ray.data
+
+    # This is another process than the driver, whose bars would be drawn between the lines of the training.
+    ray.data.DataContext.get_current().enable_progress_bars = False
     return crop_dataset(
         order,
         after_step=find_snapshot(out / SNAPSHOTS).step,

@@ -6,7 +6,7 @@ Renders pages of English words (those of Python's own documentation) in the font
 coloured paper; words, colours and places of the held-out pages are others than those of the training pages.
 Runs `ldm evaluate recon`, `ldm train-vae` and `ldm evaluate recon` again, and prints held-out PSNR, SSIM and
 MS-SSIM before and after. The protocol is that of the model cards: 256 px, the posterior's mean, 8 bits.
-On two cores (AMD EPYC, no GPU) it takes about 15 minutes; what came out is in docs/training.md.
+On two cores (AMD EPYC, no GPU) it takes about 13 minutes; what came out is in docs/training.md.
 """
 
 import json

@@ -1,13 +1,18 @@
 """``ldm decode``: decode a latent into an image."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
 
+from jobs.cluster import ClusterConfig
 from jobs.config import JobConfig
+from jobs.decoded_image import write_decoded
 from ldm.errors import UserError
+from ldm.tiling.config import Tiling
+from pipelines.tile_actors import TileActors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,36 +22,49 @@ __all__ = ["DecodeJob"]
 
 
 class DecodeJob(JobConfig):
-    """Decode LATENT, a .npy file or a row of a latent dataset, into the PNG file OUT.
+    """Decode LATENT, a .npy file or a row of a latent dataset, into the image OUT.
 
-    LATENT is a .npy of shape (C, h, w) in the VAE's own scale, or DATASET#KEY for the mean of a row.
+    LATENT is a .npy of shape (C, h, w) in the VAE's own scale, or DATASET#KEY for the mean of a row. OUT is a
+    PNG, a TIFF or a .npy. It is written as it is decoded, and never in memory as a whole.
     """
 
     latent: CliPositionalArg[str] = Field(description="LATENT.npy, or DATASET#KEY")
-    out: CliPositionalArg[Path] = Field(description="PNG file")
+    out: CliPositionalArg[Path] = Field(description="file: .png, .tif or .npy")
     vae: str | None = Field(None, description="default: the dataset's; f8 for a .npy")
+    tiling: Tiling = Tiling(mode="exact")
+    crop_px: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height and width to crop to: of an image that was padded to be encoded"
+    )
+    actors: TileActors = TileActors()
+    cluster: ClusterConfig = ClusterConfig()
 
     def run(self) -> dict[str, object]:
-        """The file and its size in pixels."""
+        """The file, its size in pixels, and how long it took."""
         import torch
 
         from ldm.autoencoder import load
         from ldm.checkpoint import check_vae
-        from ldm.image_tensors import from_model
-        from ldm.images import encode_png
+        from ldm.image_rows import check_suffix
 
-        if self.out.suffix.lower() != ".png":
-            raise UserError(f"output {self.out} is no PNG", allowed="a name that ends in .png")
+        check_suffix(self.out)
         if "#" in self.latent:
             latent, vae, fingerprint = _from_dataset(self.latent)
             autoencoder = load(self.vae or vae)
             check_vae(autoencoder, fingerprint, self.latent)
         else:
             latent, autoencoder = _from_npy(Path(self.latent)), load(self.vae or "f8")
-        image = from_model(autoencoder.decode(torch.from_numpy(latent)[None]))[0]
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_bytes(encode_png(image))
-        return {"out": str(self.out), "width": image.shape[1], "height": image.shape[0]}
+        start = time.perf_counter()
+        height, width = write_decoded(
+            self.out,
+            autoencoder,
+            torch.from_numpy(latent),
+            self.tiling,
+            self.actors,
+            self.cluster,
+            self.crop_px,
+        )
+        seconds = time.perf_counter() - start
+        return {"out": str(self.out), "width": width, "height": height, "seconds": seconds}
 
 
 def _from_npy(path: Path) -> "NDArray[np.float32]":

@@ -84,10 +84,17 @@ class Autoencoder:
         self.check_size(height, width)
         output = self.vae.encode(images_B3HW.to(self.vae.device, self.vae.dtype))
         if hasattr(output, "latent_dist"):
-            posterior = output.latent_dist
-            return Moments(posterior.mean.float(), posterior.std.float())
-        latent = (output.latents if hasattr(output, "latents") else output.latent).float()
-        return Moments(latent, torch.zeros_like(latent))
+            return self.moments_of(output.latent_dist.parameters)
+        return self.moments_of(output.latents if hasattr(output, "latents") else output.latent)
+
+    def moments_of(self, encoded_BChw: Tensor) -> Moments:
+        """Of what the encoder computes: mean and log variance, or a latent where it has no posterior."""
+        if encoded_BChw.shape[1] == self.channels:
+            return Moments(encoded_BChw.float(), torch.zeros_like(encoded_BChw, dtype=torch.float32))
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        posterior = DiagonalGaussianDistribution(encoded_BChw)
+        return Moments(posterior.mean.float(), posterior.std.float())
 
     @torch.inference_mode()
     def decode(self, latents_BChw: Tensor) -> Tensor:
@@ -95,14 +102,18 @@ class Autoencoder:
 
         UserError where the number of channels is not the VAE's.
         """
-        if latents_BChw.ndim != 4 or latents_BChw.shape[1] != self.channels:
+        self.check_latents(latents_BChw)
+        images: Tensor = self.vae.decode(latents_BChw.to(self.vae.device, self.vae.dtype)).sample
+        return images.float().clamp(-1, 1)
+
+    def check_latents(self, latents_BChw: Tensor) -> None:
+        """UserError unless the tensor's shape is that of this VAE's latents."""
+        if latents_BChw.ndim != 4 or latents_BChw.shape[1] != self.channels or not latents_BChw.numel():
             raise UserError(
                 f"a latent of shape {tuple(latents_BChw.shape)} is not one of VAE {self.name}",
                 allowed=f"(batch, {self.channels}, height/{self.f}, width/{self.f})",
                 do="decode it with the VAE that encoded it",
             )
-        images: Tensor = self.vae.decode(latents_BChw.to(self.vae.device, self.vae.dtype)).sample
-        return images.float().clamp(-1, 1)
 
     def check_size(self, height: int, width: int) -> None:
         """UserError unless both sides (pixels) are positive multiples of f."""

@@ -1,0 +1,132 @@
+"""Latents of any size to images, band by band."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.autoencoder import Autoencoder
+from ldm.tiling import exact, fast
+from ldm.tiling.chain import Step, decoder_chain, sizes
+from ldm.tiling.config import Tiling
+from ldm.tiling.exact import BandRunner, Rows
+from ldm.tiling.grid import Grid, grid_of
+from ldm.tiling.maps import BandedMap, Storage
+from ldm.tiling.spans import Span
+from ldm.tiling.statistics import ChannelMoments
+
+__all__ = ["Plan", "decode", "decode_rows", "plan", "small_moments"]
+
+
+def decode(autoencoder: Autoencoder, latent_Chw: Tensor, tiling: Tiling) -> Tensor:
+    """As `Autoencoder.decode` for one image: (3, h·f, w·f), float32 in [-1, 1], on the CPU."""
+    bands = [rows.values_rWC for rows in decode_rows(autoencoder, latent_Chw, tiling)]
+    return torch.cat(bands).permute(2, 0, 1)
+
+
+def decode_rows(autoencoder: Autoencoder, latent_Chw: Tensor, tiling: Tiling) -> Iterator[Rows]:
+    """The image's rows (rows, w·f, 3) from the top, float32 in [-1, 1], on the CPU.
+
+    latent_Chw: in the VAE's own scale. Besides `Plan.needed_bytes` no more than a band of the image is held.
+    UserError, before anything is computed, for a latent of another VAE, a VAE that cannot be tiled, and where
+    memory or spill folder have no room.
+    """
+    autoencoder.check_latents(latent_Chw[None])
+    if tiling.mode == "whole":
+        return _whole(autoencoder, latent_Chw)
+    planned = plan(autoencoder, latent_Chw.shape, tiling)
+    storage = Storage(tiling.spill)
+    storage.require(planned.needed_bytes)
+    return _tiled(planned, latent_Chw, storage)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``steps`` are computed exactly, one after the other; then ``wide``, if any, all at once for a tile."""
+
+    steps: Sequence[Step]
+    wide: Sequence[Step]
+    grid: Grid
+    pooling: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of host memory, or of the spill folder, that all maps take."""
+        needed = exact.needed_bytes(self.steps, self.grid, self.grid.latent_size)
+        return max(needed, exact.needed_bytes(self.all_steps, self.small_grid, self.small_grid.latent_size))
+
+    @property
+    def all_steps(self) -> Sequence[Step]:
+        return [*self.steps, *self.wide]
+
+    @property
+    def small_grid(self) -> Grid:
+        """Of the pooled latent that the statistics of wide steps are taken from."""
+        height, width = (side // self.pooling for side in self.grid.latent_size)
+        return grid_of(self.all_steps, (height, width), (height, width), self.grid.tile)
+
+    def finish(
+        self,
+        runner: BandRunner,
+        moments: ChannelMoments | None,
+        small: fast.MomentsByStep,
+        neighbours: Sequence[Rows] = (),
+    ) -> Iterator[Rows]:
+        """The runner's bands of the image, after all but the last of `stages`.
+
+        moments: of the map that it begins with; small: `small_moments`; neighbours: as for
+        `BandRunner.sweep`.
+        """
+        if not self.wide:
+            return map(_bounded, runner.last_sweep(moments, neighbours))
+        source = runner.current
+        assert isinstance(source, BandedMap)
+        for rows in neighbours:
+            source.put(*rows)
+        small = {index - len(self.steps): found for index, found in small.items()}
+        return map(_bounded, fast.sweep(self.wide, self.grid, source, small, runner.bands))
+
+    @property
+    def stages(self) -> tuple[Sequence[Step], Sequence[Step]]:
+        """Steps that a crew advances by, and those that `finish` computes."""
+        return (self.steps, self.wide) if self.wide else (self.steps[:-1], self.steps[-1:])
+
+
+def plan(autoencoder: Autoencoder, shape_Chw: Sequence[int], tiling: Tiling) -> Plan:
+    """How to decode a latent of that shape, exactly or fast. UserError for a VAE that cannot be tiled."""
+    steps, size = decoder_chain(autoencoder.vae), (int(shape_Chw[-2]), int(shape_Chw[-1]))
+    grid = grid_of(steps, size, size, tiling.tile)
+    outputs = sizes(steps, size)[1:]
+    num_narrow = next((index for index, found in enumerate(outputs) if found != size), len(steps))
+    num_exact = num_narrow if tiling.mode == "fast" else len(steps)
+    pooling = fast.pooling_factor(size, tiling.coarse)
+    return Plan(steps[:num_exact], steps[num_exact:], grid, pooling)
+
+
+def small_moments(planned: Plan, latent_Chw: Tensor) -> fast.MomentsByStep:
+    """Moments for the wide steps, from the pooled latent; none where they have no norm."""
+    if all(step.norm is None for step in planned.wide):
+        return {}
+    small = BandedMap.whole(F.avg_pool2d(latent_Chw[None].float(), planned.pooling)[0])
+    return fast.small_moments(planned.all_steps, planned.small_grid, small)
+
+
+@torch.inference_mode()
+def _whole(autoencoder: Autoencoder, latent_Chw: Tensor) -> Iterator[Rows]:
+    image_3HW = autoencoder.decode(latent_Chw[None])[0].cpu()
+    yield Rows(Span(0, image_3HW.shape[1]), image_3HW.permute(1, 2, 0))
+
+
+@torch.inference_mode()
+def _tiled(planned: Plan, latent_Chw: Tensor, storage: Storage) -> Iterator[Rows]:
+    small = small_moments(planned, latent_Chw)
+    latent = BandedMap.whole(latent_Chw)
+    runner = BandRunner(planned.steps, planned.grid, latent, range(planned.grid.num_bands), storage)
+    moments = exact.advance(planned.stages[0], runner)
+    yield from planned.finish(runner, moments, small)
+
+
+def _bounded(rows: Rows) -> Rows:
+    return Rows(rows.span, rows.values_rWC.float().clamp_(-1, 1))

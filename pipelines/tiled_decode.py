@@ -1,0 +1,180 @@
+"""One large image over several Ray actors: each has some bands of every map, and gives its edge rows away.
+
+The bits are those of one process with as many torch threads: tiles do not depend on the number of actors, and
+statistics are merged in the order of the tiles. What travels are edge rows, statistics and, where the VAE has
+attention, keys and values.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm import autoencoder
+from ldm.errors import UserError
+from ldm.tiling import exact
+from ldm.tiling.chain import sizes
+from ldm.tiling.config import Tiling
+from ldm.tiling.decode import Plan, plan, small_moments
+from ldm.tiling.exact import BandRunner, Rows
+from ldm.tiling.fast import MomentsByStep
+from ldm.tiling.maps import BandedMap, Storage
+from ldm.tiling.spans import Span
+from ldm.tiling.statistics import ChannelMoments
+from pipelines.device import pick_device
+from pipelines.tile_actors import TileActors
+from pipelines.vae_source import on_every_node
+
+__all__ = ["SharedDecoder"]
+
+# Bands that an actor may be ahead of who takes them.
+BANDS_AHEAD = 2
+
+
+class SharedDecoder:
+    """Actors that decode one image after the other, each image together. Needs a connected Ray.
+
+    vae: as for `ldm.autoencoder.load`. The actors live as long as this object.
+    """
+
+    def __init__(self, vae: str, config: TileActors) -> None:
+        self.autoencoder = autoencoder.load(vae).to("cpu")
+        options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
+        start = BandActor.options(**options).remote  # type: ignore[attr-defined]
+        self.actors = [start(on_every_node(vae), config.threads) for _ in range(config.size)]
+
+    def decode_rows(self, latent_Chw: Tensor, tiling: Tiling) -> Iterator[Rows]:
+        """As `ldm.tiling.decode.decode_rows`; each actor takes its share of the memory for maps.
+
+        UserError too for mode whole, which cannot be shared.
+        """
+        if tiling.mode == "whole":
+            raise UserError(
+                "mode whole is one call of the VAE", allowed="exact, fast", do="or ask for no actors"
+            )
+        self.autoencoder.check_latents(latent_Chw[None])
+        planned = plan(self.autoencoder, latent_Chw.shape, tiling)
+        crew = ActorCrew(self.actors[: planned.grid.num_bands], planned)
+        crew.start(latent_Chw, tiling)
+        with torch.inference_mode():
+            small = small_moments(planned, latent_Chw)
+        return crew.finish(exact.advance(planned.stages[0], crew), small)
+
+
+@ray.remote
+class BandActor:
+    """Some bands of an image, on the device that Ray gave."""
+
+    def __init__(self, vae: str, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.autoencoder = autoencoder.load(vae).to(pick_device())
+
+    def start(self, latent_Chw: NDArray[Any], tiling: Tiling, bands: range, needed_bytes: int) -> None:
+        storage = Storage(tiling.spill)
+        storage.require(needed_bytes)
+        self.plan = plan(self.autoencoder, latent_Chw.shape, tiling)
+        latent = BandedMap.whole(torch.from_numpy(np.array(latent_Chw)))
+        self.runner = BandRunner(self.plan.steps, self.plan.grid, latent, bands, storage)
+
+    def copy_rows(self, span: Span) -> NDArray[Any]:
+        rows: NDArray[Any] = self.runner.copy_rows(span).numpy()
+        return rows
+
+    @torch.inference_mode()
+    def sweep(
+        self, index: int, moments: ChannelMoments | None, spans: Sequence[Span], *rows: NDArray[Any]
+    ) -> list[ChannelMoments]:
+        return self.runner.sweep(index, moments, _neighbours(spans, rows))
+
+    @torch.inference_mode()
+    def keys_and_values(self, index: int, moments: ChannelMoments) -> NDArray[Any]:
+        keys_and_values: NDArray[Any] = torch.stack(self.runner.keys_and_values(index, moments)).numpy()
+        return keys_and_values
+
+    @torch.inference_mode()
+    def attend(self, index: int, moments: ChannelMoments, *parts_2NC: NDArray[Any]) -> list[ChannelMoments]:
+        keys_NC, values_NC = torch.from_numpy(np.concatenate(parts_2NC, axis=1))
+        return self.runner.attend(index, moments, (keys_NC, values_NC))
+
+    def finish(
+        self, moments: ChannelMoments | None, small: MomentsByStep, spans: Sequence[Span], *rows: NDArray[Any]
+    ) -> Iterator[tuple[Span, NDArray[Any]]]:
+        with torch.inference_mode():
+            for span, values_rWC in self.plan.finish(self.runner, moments, small, _neighbours(spans, rows)):
+                yield span, values_rWC.numpy()
+
+
+class ActorCrew:
+    """All actors, as one `ldm.tiling.exact.Crew`."""
+
+    def __init__(self, actors: Sequence[Any], planned: Plan) -> None:
+        self.actors, self.plan = actors, planned
+        edges = [planned.grid.num_bands * i // len(actors) for i in range(len(actors) + 1)]
+        self.bands = [range(*pair) for pair in pairwise(edges)]
+        self.sizes = sizes(planned.all_steps, planned.grid.latent_size)
+
+    def start(self, latent_Chw: Tensor, tiling: Tiling) -> None:
+        latent = ray.put(latent_Chw.numpy())
+        needed_bytes = self.plan.needed_bytes // len(self.actors)
+        started = [
+            actor.start.remote(latent, tiling, bands, needed_bytes)
+            for actor, bands in zip(self.actors, self.bands, strict=True)
+        ]
+        ray.get(started)
+
+    def sweep(self, index: int, moments: ChannelMoments | None) -> list[ChannelMoments]:
+        edges = self._edges(index, index + 1)
+        parts = [
+            actor.sweep.remote(index, moments, *edge) for actor, edge in zip(self.actors, edges, strict=True)
+        ]
+        return [tile for part in ray.get(parts) for tile in part]
+
+    def attend(self, index: int, moments: ChannelMoments) -> list[ChannelMoments]:
+        keys_and_values = [actor.keys_and_values.remote(index, moments) for actor in self.actors]
+        parts = [actor.attend.remote(index, moments, *keys_and_values) for actor in self.actors]
+        return [tile for part in ray.get(parts) for tile in part]
+
+    def finish(self, moments: ChannelMoments | None, small: MomentsByStep) -> Iterator[Rows]:
+        edges = self._edges(len(self.plan.stages[0]), len(self.sizes) - 1)
+        ahead = {"num_returns": "streaming", "_generator_backpressure_num_objects": BANDS_AHEAD}
+        streams = [
+            actor.finish.options(**ahead).remote(moments, small, *edge)
+            for actor, edge in zip(self.actors, edges, strict=True)
+        ]
+        for stream in streams:
+            for band in stream:
+                span, values_rWC = ray.get(band)
+                yield Rows(Span(*span), torch.from_numpy(np.array(values_rWC)))
+
+    def _edges(self, start: int, stop: int) -> list[tuple[object, ...]]:
+        """For each actor: spans of the others that it needs to compute ``start`` to ``stop``, and their rows.
+
+        All are asked for before anyone computes a step, since that replaces the map which they come from.
+        """
+        if start == 0:
+            return [((),) for _ in self.actors]  # everyone has the latent
+        steps = self.plan.all_steps[start:stop]
+        found = self.sizes[start : stop + 1]
+        own = [self.plan.grid.rows(bands, found[0][0]) for bands in self.bands]
+        edges = []
+        for index, bands in enumerate(self.bands):
+            need = exact.needed_rows(steps, self.plan.grid, bands, found)
+            others = [
+                (i, part) for i, rows in enumerate(own) if i != index and (part := need.common(rows)).size > 0
+            ]
+            rows = [self.actors[i].copy_rows.remote(part) for i, part in others]
+            edges.append((tuple(part for _, part in others), *rows))
+        return edges
+
+
+def _neighbours(spans: Sequence[Span], rows: Sequence[NDArray[Any]]) -> list[Rows]:
+    # Ray's arrays cannot be written, which torch warns about.
+    return [
+        Rows(Span(*span), torch.from_numpy(np.array(part))) for span, part in zip(spans, rows, strict=True)
+    ]

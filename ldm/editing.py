@@ -1,7 +1,7 @@
 """Edits of a latent by a denoiser: part of the way to noise and back, and new content inside a mask.
 
 Latents come and go in the VAE's own scale; in between they are whitened as the checkpoint's are.
-Shape suffixes: B edits, C, h, w a latent's channels, rows and columns; H and W pixels.
+Shape suffixes: B edits, C, h, w a latent's channels, rows and columns.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ldm.denoiser import DenoiseOptions, Denoiser, seed_noise
 from ldm.errors import UserError
 from ldm.sampling import Trajectory, denoise_step, sample
 
-__all__ = ["first_step", "inpaint", "latent_mask", "paste", "sdedit"]
+__all__ = ["first_step", "inpaint", "latent_mask", "sdedit"]
 
 
 def first_step(strength: float, num_steps: int) -> int:
@@ -95,11 +95,6 @@ def _denoise_around(
 def latent_mask(mask_HW: Tensor, f: int) -> Tensor:
     """bool (H, W), multiples of ``f`` → bool (h, w), True where any of the f × f pixels is."""
     return F.max_pool2d(mask_HW[None, None].float(), f)[0, 0].bool()
-
-
-def paste(image_B3HW: Tensor, original_3HW: Tensor, mask_HW: Tensor) -> Tensor:
-    """The images inside the mask (bool (H, W)), the original's own pixels outside."""
-    return torch.where(mask_HW, image_B3HW, original_3HW)
 
 
 def _shape(x_Chw: Tensor) -> tuple[int, int, int]:

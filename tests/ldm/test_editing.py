@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import DenoiseOptions, Denoiser
-from ldm.editing import first_step, inpaint, latent_mask, paste, sdedit
+from ldm.editing import first_step, inpaint, latent_mask, sdedit
 from ldm.errors import UserError
 from ldm.schedulers import SCHEDULERS
 
@@ -135,15 +135,6 @@ def test_no_masked_pixel_is_lost_at_latent_resolution() -> None:
     mask[0, 0] = mask[15, 23] = mask[7, 8] = True
     expected = [[True, True, False], [False, False, True]]
     assert latent_mask(mask, 8).tolist() == expected
-
-
-def test_outside_the_mask_the_pixels_are_the_originals() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, original = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(3, 8, 8, generator=generator)
-    pasted = paste(images, original, MASK)
-    for b in range(2):
-        assert torch.equal(pasted[b][:, MASK], images[b][:, MASK])
-        assert torch.equal(pasted[b][:, ~MASK], original[:, ~MASK])
 
 
 def test_a_mask_of_another_size_is_refused(denoisers: dict[str, Denoiser]) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/interpolation.py [--size-px 256] [--checkpoint FOLDER] [--sheets FOLDER]
 
 Eight pairs of photographs of the `demo` extra: of the ten in name order, each of the first eight with the
-next. The largest square in the middle, resized. Every path has 17 frames.
+next. The largest square in the middle, resized. Every path has 9 frames.
 
 The stated measure, chosen before anything was measured: the **coefficient of variation of the perceptual
 steps**, step = root of the perceptual distance (`stlpips`) of neighbouring frames. It is 0 for a path that
@@ -41,13 +41,13 @@ from ldm.editing import first_step, sdedit
 from ldm.image_tensors import from_model, image_grid, to_model
 from ldm.images import encode_png
 from ldm.interpolation import path
-from ldm.path_smoothness import gradient_energy, smoothness, to_nearest_end
+from ldm.path_smoothness import frame_features, gradient_energy, smoothness, to_nearest_end
 from ldm.perceptual import Perceptual, load_perceptual
 from ldm.preprocess import Preprocess
 from ldm.sampling import Trajectory, sample
 from ldm.unet import predict
 
-NUM_PAIRS, NUM_FRAMES = 8, 17
+NUM_PAIRS, NUM_FRAMES = 8, 9
 STRENGTHS = (0.3, 0.5)
 Way = Callable[[Tensor], Tensor]  # two photographs (2, 3, H, W) → frames (T, 3, H, W), both in [-1, 1]
 
@@ -124,9 +124,10 @@ def null_condition(denoiser: Denoiser, rows: int) -> Conditioning:
 
 def figures(perceptual: Perceptual, frames: Tensor, ends: Tensor) -> dict[str, float]:
     """All that is said of one path."""
+    features, ends_features = frame_features(perceptual, frames), frame_features(perceptual, ends)
     middle, photos = gradient_energy(frames[NUM_FRAMES // 2][None]), gradient_energy(ends)
-    return asdict(smoothness(perceptual, frames)) | {
-        "to_nearest": to_nearest_end(perceptual, frames, ends),
+    return asdict(smoothness(perceptual, features)) | {
+        "to_nearest": to_nearest_end(perceptual, features, ends_features),
         "sharpness": float(middle[0] / photos.mean()),
     }
 
@@ -147,7 +148,7 @@ def main() -> None:
         for name, way in ways(autoencoder, denoiser).items():
             frames = way(photos[i : i + 2])
             table[name].append(figures(perceptual, frames, photos[i : i + 2]))
-            rows.append(from_model(frames[::2]))
+            rows.append(from_model(frames))
             print_row(f"{names[i]}–{names[i + 1]}", name, table[name][-1])
         if args.sheets:
             args.sheets.mkdir(parents=True, exist_ok=True)

@@ -130,9 +130,9 @@ class InterpolateJob(JobConfig):
 def _smoothness(perceptual: "Perceptual", images_THW3: "NDArray[np.uint8]") -> dict[str, object]:
     """Figures of the path, and by which network."""
     from ldm.image_tensors import to_model
-    from ldm.path_smoothness import smoothness
+    from ldm.path_smoothness import frame_features, smoothness
 
-    found = asdict(smoothness(perceptual, to_model(images_THW3)))
+    found = asdict(smoothness(perceptual, frame_features(perceptual, to_model(images_THW3))))
     print("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
     return {"perceptual": perceptual.name, "sha256": perceptual.fingerprint, **found}
 

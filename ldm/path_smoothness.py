@@ -6,15 +6,19 @@ Euclidean distance of features: only its root adds up along a path.
 Shape suffixes: T frames of a path, S = T - 1 steps between them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ldm.perceptual import Perceptual
 
-__all__ = ["PathSmoothness", "gradient_energy", "smoothness", "to_nearest_end"]
+__all__ = ["PathSmoothness", "frame_features", "gradient_energy", "smoothness", "to_nearest_end"]
+
+Features: TypeAlias = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,31 +38,38 @@ class PathSmoothness:
 
 
 @torch.no_grad()
-def smoothness(perceptual: Perceptual, frames_T3HW: Tensor) -> PathSmoothness:
-    """Figures of a path of two or more frames, float in [-1, 1]; NaN where nothing changes at all.
+def frame_features(perceptual: Perceptual, frames_T3HW: Tensor) -> list[Features]:
+    """What the perceptual distance compares, of each frame, float in [-1, 1].
 
     UserError where the frames are too small for the network.
     """
-    features_T = [perceptual.features(frame[None]) for frame in frames_T3HW]
-    steps_S = torch.cat([perceptual.between(a, b) for a, b in pairwise(features_T)]).double().sqrt()
-    between_ends = perceptual.between(features_T[0], features_T[-1]).double().sqrt()
+    return [perceptual.features(frame[None]) for frame in frames_T3HW]
+
+
+def smoothness(perceptual: Perceptual, frames_T: Sequence[Features]) -> PathSmoothness:
+    """Figures of a path of two or more frames; NaN where nothing changes at all."""
+    steps_S = torch.cat([_step(perceptual, a, b) for a, b in pairwise(frames_T)])
     mean, length = steps_S.mean(), steps_S.sum()
     return PathSmoothness(
         step_mean=float(mean),
         step_cv=float(steps_S.std(correction=0) / mean),
         max_over_mean=float(steps_S.max() / mean),
         length=float(length),
-        detour=float(length / between_ends[0]),
+        detour=float(length / _step(perceptual, frames_T[0], frames_T[-1])[0]),
     )
 
 
-@torch.no_grad()
-def to_nearest_end(perceptual: Perceptual, frames_T3HW: Tensor, ends_23HW: Tensor) -> float:
-    """Root distance of a frame to the nearer one of two images, mean over the frames between the ends."""
-    ends = [perceptual.features(end[None]) for end in ends_23HW]
-    inner = [perceptual.features(frame[None]) for frame in frames_T3HW[1:-1]]
-    nearest = [torch.minimum(*(perceptual.between(frame, end) for end in ends)) for frame in inner]
-    return float(torch.cat(nearest).sqrt().mean())
+def to_nearest_end(perceptual: Perceptual, frames_T: Sequence[Features], ends_2: Sequence[Features]) -> float:
+    """Root distance of a frame to the nearer of two images, mean over the frames between the ends."""
+    a, b = ends_2
+    nearest = [
+        torch.minimum(_step(perceptual, frame, a), _step(perceptual, frame, b)) for frame in frames_T[1:-1]
+    ]
+    return float(torch.cat(nearest).mean())
+
+
+def _step(perceptual: Perceptual, a: Features, b: Features) -> Tensor:
+    return perceptual.between(a, b).double().sqrt()
 
 
 def gradient_energy(images_B3HW: Tensor) -> Tensor:

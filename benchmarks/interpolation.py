@@ -22,6 +22,8 @@ and with a checkpoint (which should have been trained on latents of this size):
 
     sdedit-S     the lerp path, each frame noised with one noise to strength S and denoised (50 DDIM steps)
     ddim-S       both ends run backwards through DDIM to strength S, slerp between them, and denoised
+    seeds        the noises of two seeds, slerp between them, all denoised; not a path between photographs
+    seeds-fade   cross-fade of the images that these two seeds are sampled to
 """
 
 import argparse
@@ -36,7 +38,7 @@ from torch import Tensor
 from jobs.demo import photo_paths
 from ldm.autoencoder import Autoencoder, load
 from ldm.conditioning import Conditioning
-from ldm.denoiser import DenoiseOptions, Denoiser
+from ldm.denoiser import DenoiseOptions, Denoiser, seed_noise
 from ldm.editing import first_step, sdedit
 from ldm.image_tensors import from_model, image_grid, to_model
 from ldm.images import encode_png
@@ -132,6 +134,16 @@ def figures(perceptual: Perceptual, frames: Tensor, ends: Tensor) -> dict[str, f
     }
 
 
+def seed_ways(autoencoder: Autoencoder, denoiser: Denoiser, pair: int) -> dict[str, Tensor]:
+    """Frames between what seeds 2·pair and 2·pair + 1 are sampled to: through noise, and as a cross-fade."""
+    shape, options = denoiser.info.latent_shape, DenoiseOptions()
+    noises = path(seed_noise(shape, 2 * pair), seed_noise(shape, 2 * pair + 1), NUM_FRAMES, "slerp")
+    trajectories = [denoiser.trajectory(shape, options, noise=noise) for noise in noises]
+    x_TChw = sample(denoiser.unet, trajectories, options.batch_size)
+    frames = autoencoder.decode(denoiser.info.whitening.denormalise(x_TChw))
+    return {"seeds": frames, "seeds-fade": path(frames[0], frames[-1], NUM_FRAMES, "lerp")}
+
+
 def main() -> None:
     """Print a row for each pair and way, then the means, and on how many pairs a way is smoother."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -142,23 +154,38 @@ def main() -> None:
     autoencoder, perceptual = load("f8"), load_perceptual("stlpips")
     denoiser = Denoiser.load(args.checkpoint) if args.checkpoint else None
     names, photos = photographs(args.size_px)
-    table: dict[str, list[dict[str, float]]] = {name: [] for name in ways(autoencoder, denoiser)}
+    table: dict[str, list[dict[str, float]]] = {}
     for i in range(NUM_PAIRS):
-        rows = []
-        for name, way in ways(autoencoder, denoiser).items():
-            frames = way(photos[i : i + 2])
-            table[name].append(figures(perceptual, frames, photos[i : i + 2]))
-            rows.append(from_model(frames))
+        ends = photos[i : i + 2]
+        made = {name: way(ends) for name, way in ways(autoencoder, denoiser).items()}
+        if denoiser is not None:
+            made |= seed_ways(autoencoder, denoiser, i)
+        for name, frames in made.items():
+            own_ends = frames[[0, -1]] if name.startswith("seeds") else ends
+            table.setdefault(name, []).append(figures(perceptual, frames, own_ends))
             print_row(f"{names[i]}–{names[i + 1]}", name, table[name][-1])
         if args.sheets:
-            args.sheets.mkdir(parents=True, exist_ok=True)
-            sheet = image_grid(np.concatenate(rows), len(rows[0]))
-            (args.sheets / f"{names[i]}-{names[i + 1]}.png").write_bytes(encode_png(sheet))
+            write_sheet(args.sheets / f"{names[i]}-{names[i + 1]}.png", list(made.values()))
     for name, found in table.items():
         print_row("mean", name, {key: float(np.mean([f[key] for f in found])) for key in found[0]})
-    for name, found in table.items():
-        wins = sum(f["step_cv"] < p["step_cv"] for f, p in zip(found, table["pixels"], strict=True))
-        print(f"{name}: smoother than the cross-fade on {wins} of {NUM_PAIRS} pairs")
+    print_wins(table, {"pixels": (), "pixels-vae": (), "seeds-fade": ("seeds",)})
+
+
+def print_wins(table: dict[str, list[dict[str, float]]], beside: dict[str, tuple[str, ...]]) -> None:
+    """On how many pairs each way has a lower coefficient of variation than each cross-fade."""
+    for reference in beside.keys() & table.keys():
+        of_photographs = tuple(name for name in table if not name.startswith("seeds"))
+        for name in beside[reference] or of_photographs:
+            pairs = zip(table[name], table[reference], strict=True)
+            wins = sum(one["step_cv"] < other["step_cv"] for one, other in pairs)
+            print(f"{name}: smoother than {reference} on {wins} of {NUM_PAIRS} pairs")
+
+
+def write_sheet(file: Path, rows: list[Tensor]) -> None:
+    """One path a row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet = image_grid(from_model(torch.cat(rows)), NUM_FRAMES)
+    file.write_bytes(encode_png(sheet))
 
 
 def print_row(pair: str, way: str, found: dict[str, float]) -> None:

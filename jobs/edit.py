@@ -36,7 +36,7 @@ class EditJob(JobConfig):
     direction: Path | None = Field(None, description="file written by ldm direction")
     size_px: PositiveInt | None = Field(None, description="square that the image is cropped and resized to")
     denoise: DenoiseOptions = DenoiseOptions()
-    vae: str | None = Field(None, description="default: that of the checkpoint or dataset, else f8")
+    vae: str | None = Field(None, description="default: that of the checkpoint or direction")
     measure: MeasureOptions = MeasureOptions()
 
     def run(self) -> dict[str, object]:
@@ -74,7 +74,7 @@ class EditJob(JobConfig):
             return source, autoencoder, sdedit(denoiser, z_BChw, self.strength, self.denoise), None
         assert self.direction is not None
         direction = read_direction(self.direction)
-        autoencoder = load_vae(self.vae, [self.input], None)
+        autoencoder = load_vae(self.vae or direction.about["vae"], (), None)
         source = read_source(self.input, autoencoder, self.size_px)
         direction.check(tuple(source.z_Chw.shape), autoencoder.fingerprint)
         moved = [direction.moved(source.z_Chw, strength) for strength in self.strength]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm import unet as unets
+from ldm.checkpoint import read_info
 from ldm.denoiser import DenoiseOptions, Denoiser
 from ldm.editing import first_step, inpaint, latent_mask, sdedit
 from ldm.errors import UserError
@@ -148,6 +150,25 @@ def test_a_latent_that_the_unet_cannot_take_is_told(denoisers: dict[str, Denoise
             UserError, match=r"cannot denoise a latent of shape .*allowed: \(3, height, width\)"
         ):
             sdedit(denoisers["ddim"], z[None], [0.5], options("ddim"))
+
+
+@pytest.mark.parametrize("width", [None, 8])
+def test_a_model_without_classes_is_denoised_without_a_condition(
+    denoisers: dict[str, Denoiser], width: int | None
+) -> None:
+    unet = unets.build("tiny", in_channels=3, num_classes=None, sample_size=8, cross_attention_dim=width)
+    info = denoisers["ddim"].info.model_copy(update={"class_names": None, "embedding_width": width})
+    denoiser = Denoiser(unet.eval(), info, denoisers["ddim"].scheduler_config)
+    assert sdedit(denoiser, Z[None], [0.5], options("ddim", class_name=None)).isfinite().all()
+    with pytest.raises(UserError, match="for a model without classes"):
+        sdedit(denoiser, Z[None], [0.5], options("ddim"))
+
+
+def test_an_upsampler_is_told(checkpoint_folders: dict[str, Path], tmp_path: Path) -> None:
+    info = read_info(checkpoint_folders["flow"]).model_copy(update={"upsampling_factor": 2})
+    (tmp_path / "ldm.json").write_text(info.model_dump_json())
+    with pytest.raises(UserError, match="is an upsampler"):
+        Denoiser.load(tmp_path)
 
 
 def test_a_class_that_is_unknown_is_told(denoisers: dict[str, Denoiser]) -> None:

@@ -168,17 +168,18 @@ def main() -> None:
             write_sheet(args.sheets / f"{names[i]}-{names[i + 1]}.png", list(made.values()))
     for name, found in table.items():
         print_row("mean", name, {key: float(np.mean([f[key] for f in found])) for key in found[0]})
-    print_wins(table, {"pixels": (), "pixels-vae": (), "seeds-fade": ("seeds",)})
+    for reference in ("pixels", "pixels-vae"):
+        print_wins(table, reference, [name for name in table if not name.startswith(("pixels", "seeds"))])
+    if denoiser is not None:
+        print_wins(table, "seeds-fade", ["seeds"])
 
 
-def print_wins(table: dict[str, list[dict[str, float]]], beside: dict[str, tuple[str, ...]]) -> None:
-    """On how many pairs each way has a lower coefficient of variation than each cross-fade."""
-    for reference in beside.keys() & table.keys():
-        of_photographs = tuple(name for name in table if not name.startswith("seeds"))
-        for name in beside[reference] or of_photographs:
-            pairs = zip(table[name], table[reference], strict=True)
-            wins = sum(one["step_cv"] < other["step_cv"] for one, other in pairs)
-            print(f"{name}: smoother than {reference} on {wins} of {NUM_PAIRS} pairs")
+def print_wins(table: dict[str, list[dict[str, float]]], reference: str, names: list[str]) -> None:
+    """On how many pairs each way has a lower coefficient of variation than a cross-fade."""
+    for name in names:
+        pairs = zip(table[name], table[reference], strict=True)
+        wins = sum(one["step_cv"] < other["step_cv"] for one, other in pairs)
+        print(f"{name}: smoother than {reference} on {wins} of {NUM_PAIRS} pairs")
 
 
 def write_sheet(file: Path, rows: list[Tensor]) -> None:

@@ -211,54 +211,33 @@ def test_a_direction_is_made_and_moved_along(latent_folder: Path, tmp_path: Path
     assert edits[1]["position_before"] == pytest.approx(float(read_direction(file).position(z)), abs=1e-6)
 
 
-def test_what_is_not_allowed_ends_in_one_line_with_status_2(
+def test_files_that_do_not_fit_each_other_are_told(
     checkpoint_folders: dict[str, Path],
     vae_folder: Path,
     other_vae_folder: Path,
     latent_folder: Path,
     photos: list[str],
-    mask: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint, vae = f"--checkpoint={checkpoint_folders['flow']}", f"--vae={vae_folder}"
-    small, black = tmp_path / "small.png", tmp_path / "black.png"
-    small.write_bytes(encode_png(np.full((8, 8, 3), 255, np.uint8)))
-    black.write_bytes(encode_png(np.zeros((32, 40, 3), np.uint8)))
+    small, black = str(tmp_path / "small.png"), str(tmp_path / "black.png")
+    Path(small).write_bytes(encode_png(np.full((8, 8, 3), 255, np.uint8)))
+    Path(black).write_bytes(encode_png(np.zeros((32, 40, 3), np.uint8)))
     np.save(tmp_path / "z.npy", np.zeros((3, 8, 8), np.float32))
-    z, out, row = str(tmp_path / "z.npy"), f"--out={tmp_path / 'out'}", f"{latent_folder}#k1"
-    file = str(tmp_path / "dog.safetensors")
+    z, file = str(tmp_path / "z.npy"), str(tmp_path / "dog.safetensors")
     assert main(["direction", str(latent_folder), "dog", file]) == 0
     cases = {
-        ("interpolate", photos[0], str(small), vae): "different sizes: 8×8, 40×32",
-        ("interpolate", photos[0], z, vae): "different sizes",
-        ("interpolate", photos[0], vae): "1 ends; allowed: two",
-        ("interpolate", photos[0], "seed:1", checkpoint): "ends of two kinds",
-        ("interpolate", "seed:1", "seed:2"): "give --checkpoint",
-        ("interpolate", "seed:1", "seed:x", checkpoint): "end 'seed:x'",
-        ("interpolate", *photos, checkpoint): "takes no --checkpoint",
-        ("interpolate", row, z, f"--vae={other_vae_folder}"): "latents of another VAE",
-        ("edit", photos[0], checkpoint, "--strength=1.5"): "strength 1.5; allowed: 0",
-        ("edit", photos[0], checkpoint, "--strength=-0.1"): "strength -0.1",
-        ("edit", photos[0], "--strength=0.5"): "one of --checkpoint and --direction",
-        ("edit", photos[0], checkpoint, "--denoise.class-name=dgo"): "did you mean 'dog'?",
-        ("edit", photos[0], checkpoint, f"--vae={other_vae_folder}"): "latents of another VAE",
-        ("edit", photos[0], vae, f"--direction={file}"): "has the shape",
+        ("interpolate", photos[0], small, vae): "different sizes: 8×8, 40×32",
+        ("interpolate", photos[0], z, vae): "different sizes: 32×32, 40×32",
+        ("edit", photos[0], vae, f"--direction={file}"): "has the shape (3, 8, 8), the latent (3, 8, 10)",
         ("edit", z, f"--vae={other_vae_folder}", f"--direction={file}"): "of another VAE",
-        ("edit", z, vae, f"--direction={z}"): "direction",
-        ("edit", str(tmp_path / "none.png"), checkpoint): "cannot read",
-        ("edit", file, checkpoint): "is no image that can be read: not_an_image",
-        ("inpaint", photos[0], str(small), checkpoint): "is 8×8, the image 40×32",
-        ("inpaint", photos[0], str(black), checkpoint): "black all over",
-        ("inpaint", photos[0], file, checkpoint): "is no image that can be read",
-        ("inpaint", photos[0], str(mask), checkpoint, "--strength=2"): "strength 2; allowed",
-        ("direction", str(latent_folder), "bird", file): "unknown class 'bird'",
-        ("direction", str(latent_folder), "dog", "dog.npy"): "ends in .safetensors",
+        ("inpaint", photos[0], small, checkpoint): "is 8×8, the image 40×32",
+        ("inpaint", photos[0], black, checkpoint): "black all over",
     }
     capsys.readouterr()
     for line, said in cases.items():
-        options = [] if line[0] == "direction" else [out]
-        assert main([*line, *options]) == 2, line
+        assert main([*line, f"--out={tmp_path / 'out'}"]) == 2, line
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()

@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
+    "interpolate": ("jobs.interpolate", "images on the way between two images, latents or seeds"),
+    "edit": ("jobs.edit", "change an image: noise and denoise it, or add a direction"),
+    "inpaint": ("jobs.inpaint", "repaint what a mask covers with a checkpoint"),
+    "direction": ("jobs.direction", "the direction of an attribute in a latent dataset"),
     "decode": ("jobs.decode", "decode a latent into an image"),
 }
 

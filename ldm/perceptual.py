@@ -62,13 +62,22 @@ class Perceptual(nn.Module):
         Zhang et al. 2018, eq. 1: features of unit length in every place, squared difference, channels
         weighted by the stage's head, mean over places, sum over stages. UserError below ``min_px``.
         """
-        self.check_size(*a_B3HW.shape[-2:])
-        a, b = self._scaled(a_B3HW), self._scaled(b_B3HW)
-        distance_B = torch.zeros(len(a), device=a.device)
-        for stage, head_C in zip(self.stages, self.heads, strict=True):
-            a, b = stage(a), stage(b)
-            difference = (_unit_length(a) - _unit_length(b)).square().mean((2, 3))
-            distance_B = distance_B + difference @ head_C
+        return self.between(self.features(a_B3HW), self.features(b_B3HW))
+
+    def features(self, image_B3HW: Tensor) -> list[Tensor]:
+        """What `between` compares: of each stage (B, C, h, w), of unit length in every place."""
+        self.check_size(*image_B3HW.shape[-2:])
+        x, features = self._scaled(image_B3HW), []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(_unit_length(x))
+        return features
+
+    def between(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Distances (B,) of images by their `features`, for images that are compared more than once."""
+        distance_B = torch.zeros(len(a[0]), device=a[0].device)
+        for a_BChw, b_BChw, head_C in zip(a, b, self.heads, strict=True):
+            distance_B = distance_B + (a_BChw - b_BChw).square().mean((2, 3)) @ head_C
         return distance_B
 
     def check_size(self, height: int, width: int) -> None:

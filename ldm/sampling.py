@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning, concat
 from ldm.errors import UserError
-from ldm.schedulers import SCHEDULERS, start
+from ldm.schedulers import SCHEDULERS, add_noise, start
 from ldm.unet import predict
 
 __all__ = ["MAX_SEED", "MAX_STEPS", "SCHEDULERS", "Trajectory", "denoise_step", "sample"]
@@ -38,6 +38,10 @@ class Trajectory:
     seeds apart by their lowest 32 bits). ``condition``, ``null``: one row each; ``null`` is needed
     unless guidance is 1. ``device``: where the latent lives.
 
+    ``noise``: (C, H, W), what it begins with; the seed's own standard normal noise unless given.
+    ``x0``, ``first_step``: begin at that step, with ``x0`` noised to its level (SDEdit: Meng et al.
+    2022, algorithm 1); at the number of steps it is ``x0`` itself, and done.
+
     ``latent``: float32 (C, H, W), in the scheduler's own scale until ``done``; ``step_index``: steps
     taken so far.
 
@@ -54,19 +58,35 @@ class Trajectory:
     condition: Conditioning = field(default_factory=Conditioning)
     null: Conditioning | None = None
     device: torch.device | str = "cpu"
+    noise: Tensor | None = None
+    x0: Tensor | None = None
+    first_step: int = 0
     latent: Tensor = field(init=False, repr=False)
     step_index: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         _check_choices(self.num_inference_steps, self.guidance, self.seed)
         _check_conditions(self.condition, self.null, self.guidance)
-        self._scheduler = start(self.scheduler, self.scheduler_config, self.num_inference_steps)
+        self._scheduler = start(
+            self.scheduler, self.scheduler_config, self.num_inference_steps, self.first_step
+        )
         self._variance_exploding = SCHEDULERS[self.scheduler].variance_exploding
         # A generator on the CPU draws the same noise for every device.
         self._generator = torch.Generator().manual_seed(self.seed)
-        self.latent = torch.randn(self.shape, generator=self._generator).to(self.device)
-        if self._variance_exploding:
-            self.latent = self.latent * self._scheduler.init_noise_sigma
+        # Drawn whether or not it is used: the noise of the steps comes after it.
+        drawn_CHW = torch.randn(self.shape, generator=self._generator)
+        self._begin((drawn_CHW if self.noise is None else self.noise).to(self.device))
+
+    def _begin(self, noise_CHW: Tensor) -> None:
+        self.step_index = self.first_step
+        if self.first_step:
+            if self.x0 is None or not 0 < self.first_step <= self.num_steps:
+                raise ValueError(f"step {self.first_step} of {self.num_steps} needs an x0 to begin with")
+            self.latent = self.noised(self.x0.to(self.device), noise_CHW)
+        elif self._variance_exploding:
+            self.latent = noise_CHW * self._scheduler.init_noise_sigma
+        else:
+            self.latent = noise_CHW
 
     @property
     def num_steps(self) -> int:
@@ -99,6 +119,12 @@ class Trajectory:
         if not self._variance_exploding:
             return self.latent
         return self._scheduler.scale_model_input(self.latent, self.timestep)
+
+    def noised(self, x0_CHW: Tensor, noise_CHW: Tensor) -> Tensor:
+        """``x0`` as noisy as ``latent`` is now, in the scheduler's own scale; ``x0`` itself when done."""
+        if self.done:
+            return x0_CHW
+        return add_noise(self._scheduler, x0_CHW, noise_CHW, self.timestep)
 
     def advance(self, prediction_CHW: Tensor) -> None:
         """Take one step along ``prediction_CHW``, of the latent's shape, guidance already applied."""

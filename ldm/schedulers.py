@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.objective import Kind, kind_of
 
-__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "start"]
+__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "add_noise", "start"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,14 @@ SCHEDULERS: Mapping[str, SchedulerRow] = {
 
 
 class Scheduler(Protocol):
-    """What is used of a diffusers scheduler: its timesteps, falling, and one step.
+    """What is used of a diffusers scheduler: its timesteps, falling, the forward process, and one step.
 
     The last two members exist only where `SchedulerRow.variance_exploding`.
     """
 
     timesteps: Tensor
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
     def step(
         self,
@@ -80,8 +82,10 @@ class Scheduler(Protocol):
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
 
 
-def start(name: str, scheduler_config: Mapping[str, object], num_steps: int) -> Scheduler:
-    """A fresh scheduler with ``num_steps`` timesteps set, for one image.
+def start(
+    name: str, scheduler_config: Mapping[str, object], num_steps: int, first_step: int = 0
+) -> Scheduler:
+    """A fresh scheduler with ``num_steps`` timesteps set, for one image whose first step is ``first_step``.
 
     ``scheduler_config``: the checkpoint's own, of any diffusers scheduler of the same kind. Raises
     UserError for a scheduler that is unknown or of another kind, and for a step count that this
@@ -106,9 +110,17 @@ def start(name: str, scheduler_config: Mapping[str, object], num_steps: int) -> 
     if (torch.diff(getattr(scheduler, "sigmas", scheduler.timesteps)) >= 0).any():
         raise refusal
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(first_step)
     started: Scheduler = scheduler
     return started
+
+
+def add_noise(scheduler: Scheduler, x0_CHW: Tensor, noise_CHW: Tensor, timestep: Tensor) -> Tensor:
+    """``x0`` at the noise level of the next step, whose timestep is given: what `step` takes, (C, H, W)."""
+    if hasattr(scheduler, "scale_noise"):  # the name that flows have for it
+        noised: Tensor = scheduler.scale_noise(x0_CHW[None], timestep[None], noise_CHW[None])[0]
+        return noised
+    return scheduler.add_noise(x0_CHW[None], noise_CHW[None], timestep[None])[0]
 
 
 def _row(name: str, scheduler_config: Mapping[str, object]) -> SchedulerRow:

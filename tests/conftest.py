@@ -107,8 +107,9 @@ def write_latents(vae_folder: Path) -> Callable[..., Path]:
         size_px: int = 32,
         class_names: Sequence[str] | None = ("cat", "dog"),
         unit_sizes_px: Sequence[int] = (),
+        captions: Sequence[str | None] = (),
     ) -> Path:
-        """unit_sizes_px: the images' size in each unit, where it is to differ."""
+        """unit_sizes_px: the images' size in each unit, where it is to differ; captions: of the first."""
         header = DatasetHeader(
             vae=str(vae_folder),
             vae_fingerprint=fingerprint,
@@ -127,7 +128,8 @@ def write_latents(vae_folder: Path) -> Callable[..., Path]:
             std = np.exp(rng.normal(-1, 0.3, mean.shape)).astype(np.float16)
             labels = [i % 2 if class_names and i < count - 1 else None for i in rows]
             none = [None] * len(rows)
-            latents = LatentRows([f"k{i}" for i in rows], labels, none, none, MomentArrays(mean, std))
+            texts = [captions[i] if i < len(captions) else None for i in rows]
+            latents = LatentRows([f"k{i}" for i in rows], labels, texts, none, MomentArrays(mean, std))
             unit = f"unit-{index:06d}"
             stats = LatentStats.of(Moments(torch.from_numpy(mean), torch.from_numpy(std)))
             bucket = f"{4 * side}x{4 * side}"

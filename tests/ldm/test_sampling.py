@@ -325,6 +325,28 @@ def test_the_largest_seed_is_taken() -> None:
     assert trajectory("ddim", seed=MAX_SEED).latent.isfinite().all()
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_given_noise_takes_the_place_of_the_seeds(unet: nn.Module, scheduler: str) -> None:
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    given, own = trajectory(scheduler, seed=3, noise=noise), trajectory(scheduler, seed=3)
+    assert torch.equal(given.latent, own.latent)
+    assert torch.equal(sample(unet, [given], 1), sample(unet, [own], 1))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_beginning_after_the_last_step_is_x0(scheduler: str) -> None:
+    x0 = torch.ones(SHAPE)
+    one = trajectory(scheduler, steps=4, x0=x0, first_step=4)
+    assert one.done and one.progress == 1.0
+    assert torch.equal(one.latent, x0)
+
+
+@pytest.mark.parametrize("wrong", [{"first_step": 1}, {"first_step": 5, "x0": torch.ones(SHAPE)}])
+def test_a_later_beginning_needs_an_x0_and_a_step(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="needs an x0"):
+        trajectory("ddim", steps=4, **wrong)  # type: ignore[arg-type]
+
+
 def test_a_prediction_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="prediction"):
         trajectory("ddim").advance(torch.zeros(4, 8, 1))

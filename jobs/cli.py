@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-vae": ("jobs.train_vae", "train a VAE on images, or continue from another one"),
     "bench encode": ("jobs.bench_encode", "how fast and lean encoding is here, beside other ways"),
     "bench train": ("jobs.bench_train", "how fast and lean training is here, beside other ways"),
+    "bench tiling": ("jobs.bench_tiling", "how exact, fast and lean decoding large images is here"),
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),

@@ -6,12 +6,14 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.demo import photo_paths
+from ldm.images import decode_image
 from pipelines.shards import Sample, write_tar
 
-__all__ = ["crops", "write_shards"]
+__all__ = ["crops", "squares", "write_shards"]
 
 JPEG_QUALITY = 92
 
@@ -41,3 +43,15 @@ def write_shards(folder: Path, count: int, size_px: int, per_shard: int) -> Path
     for number in range(-(-count // per_shard)):
         write_tar(folder / f"shard-{number:05d}.tar", islice(stream, per_shard))
     return folder
+
+
+def squares(folder: Path | None, size_px: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """(name, uint8 (size, size, 3)) of photographs in ``folder``, or of the demo's: the middle, resized."""
+    paths = photo_paths().values() if folder is None else sorted(p for p in folder.iterdir() if p.is_file())
+    for path in paths:
+        photo = decode_image(path.read_bytes())
+        side = min(photo.size)
+        left, top = ((length - side) // 2 for length in photo.size)
+        box = (left, top, left + side, top + side)
+        square = photo.resize((size_px, size_px), Image.Resampling.LANCZOS, box)
+        yield path.stem, np.asarray(square)

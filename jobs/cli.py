@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench train": ("jobs.bench_train", "how fast and lean training is here, beside other ways"),
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
+    "savings": ("jobs.savings", "what latents save over pixels, beside what is usually claimed"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
     "decode": ("jobs.decode", "decode a latent into an image"),
 }

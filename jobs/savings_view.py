@@ -7,17 +7,25 @@ from typing import NamedTuple
 
 from ldm.device_fit import ALLOWANCE_BYTES, Fit, SizePeak, fits
 from ldm.savings import LedgerRow
-from ldm.savings_claims import Claim, Finding, Series, computed_series, findings, measured_series
+from ldm.savings_claims import (
+    LATENT_STEPS,
+    PIXEL_STEPS,
+    Claim,
+    Finding,
+    Series,
+    computed_series,
+    findings,
+    measured_series,
+)
 
 __all__ = ["SavingsResult", "Sheet", "StepFigures", "as_json", "print_sheets", "sheets"]
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Of one process: median seconds of ``steps`` steps; bytes that model and steps took at most."""
+    """Of one process: median seconds of a step; bytes that model and steps took at most."""
 
     seconds: float
-    steps: int
     peak_bytes: float
     weight_bytes: int
 
@@ -138,9 +146,9 @@ def _ledger(title: str, rows: Mapping[int, LedgerRow]) -> Sheet:
 def _measured(result: SavingsResult) -> Sheet:
     return Sheet(
         f"Steps of {result.batch_size} images: {result.run_here_name}, measured here",
-        ("step", "f", "seconds, median", "steps", "memory of model and step"),
+        ("step", "f", "seconds, median", "memory of model and step"),
         [
-            (kind, str(f), f"{one.seconds:.4g}", str(one.steps), _mb(one.peak_bytes))
+            (kind, str(f), f"{one.seconds:.4g}", _mb(one.peak_bytes))
             for kind, by_f in result.measured.items()
             for f, one in by_f.items()
         ],
@@ -149,30 +157,23 @@ def _measured(result: SavingsResult) -> Sheet:
 
 
 def _claims(found: Sequence[Finding]) -> Sheet:
-    return Sheet(
-        "What is usually claimed, and what was found",
-        ("claim", "claimed", "found", "in", "verdict", "why"),
-        [
-            (
-                told(one.claim),
-                _range(one.claim),
-                _value(one.claim, one.value),
-                one.found_in,
-                "holds" if one.verdict == "holds" else f"DIFFERS: {one.verdict}",
-                one.reason,
-            )
-            for one in found
-        ],
-        "A claim holds within 10 %.",
-    )
+    rows: list[Sequence[str]] = []
+    for number, one in enumerate(found):
+        is_first = number == 0 or found[number - 1].claim != one.claim
+        verdict = "holds" if one.verdict == "holds" else f"DIFFERS: {one.verdict}"
+        claim = (told(one.claim), _range(one.claim)) if is_first else ("", "")
+        rows.append((*claim, _value(one.claim, one.value), one.found_in, verdict, one.reason))
+    headings = "claim", "claimed", "found", "in", "verdict", "why"
+    return Sheet("What is usually claimed, and what was found", headings, rows, "A claim holds within 10 %.")
 
 
 def told(claim: Claim) -> str:
     """What a claim is about, such as ``compute, f=1 ÷ f=8``."""
     if claim.kind == "memory":
         return f"memory, f={claim.f} as a share of f={claim.base}"
-    kind = "compute, 1000 steps on pixels ÷ 50" if claim.factor > 1 else claim.kind
-    return f"{kind}, f={claim.base} ÷ f={claim.f}" if claim.factor == 1 else f"{kind} at f={claim.f}"
+    if claim.kind == "compute × steps":
+        return f"compute, {PIXEL_STEPS} steps at f={claim.base} ÷ {LATENT_STEPS} at f={claim.f}"
+    return f"{claim.kind}, f={claim.base} ÷ f={claim.f}"
 
 
 def _range(claim: Claim) -> str:

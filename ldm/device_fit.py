@@ -77,10 +77,10 @@ def decode_bytes(vae: Autoencoder, side: int) -> int:
 
 def tiled_decode_bytes(vae: Autoencoder, side: int) -> int:
     """An upper bound of the same with diffusers' ``enable_tiling``: one tile, and pictures of all tiles."""
-    tile = vae.vae.tile_latent_min_size
+    tile = int(vae.vae.tile_latent_min_size)
     if side <= tile:
         return decode_bytes(vae, side)
-    picture = 3 * (side * vae.f) ** 2 * vae.vae.dtype.itemsize
+    picture = 3 * (side * vae.f) ** 2 * torch.float16.itemsize
     return decode_bytes(vae, tile) + PICTURES_OF_TILES * picture
 
 

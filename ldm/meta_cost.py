@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,16 +48,22 @@ def count_params(module: nn.Module) -> int:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Of parameters and buffers, in the dtype that they have now."""
-    tensors = (*module.parameters(), *module.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Of parameters and buffers, in the dtype that they have now; of quantised ones what they consist of."""
+    return sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-class LiveBytes(TorchDispatchMode):
+def _bytes(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that are made inside: ``live`` bytes now, ``peak`` at most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.peak = 0, 0
         self._followed: set[int] = set()
 

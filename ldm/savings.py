@@ -5,6 +5,7 @@ f = 1 are the pixels themselves; the channels of the other f are those of the de
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from ldm import autoencoder, unet
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.meta_cost import Cost, count_params, meta_cost, weight_bytes
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["CHANNELS", "SIZE_MULTIPLE_PX", "LedgerRow", "check_size", "denoiser", "ledger", "step_cost"]
 
@@ -72,26 +76,23 @@ def _row(preset: str, size_px: int, f: int, dtype: torch.dtype) -> LedgerRow:
     return LedgerRow(f, shape, count_params(model), weight_bytes(model), step_cost(model, shape))
 
 
-def denoiser(preset: str, channels: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+def denoiser(preset: str, channels: int, dtype: torch.dtype = torch.float32) -> "UNet2DConditionModel":
     """The U-Net of a layout on the meta device, in evaluation mode."""
     with torch.device("meta"):
         built = unet.build(preset, in_channels=channels, num_classes=None, sample_size=64)
     # Not built.to: diffusers warns of casts.
-    return nn.Module.to(built, dtype=dtype).eval()
+    nn.Module.to(built, dtype=dtype)
+    return built.eval()
 
 
-def step_cost(model: nn.Module, shape_Chw: tuple[int, int, int], batch: int = 1) -> Cost:
+def step_cost(model: "UNet2DConditionModel", shape_Chw: tuple[int, int, int], batch: int = 1) -> Cost:
     """Of one call of a U-Net on the meta device, its input included."""
-    weight = next(model.parameters())
-    width = model.config["cross_attention_dim"] if _attends_to_text(model) else None
+    dtype, width = model.dtype, model.config["cross_attention_dim"]
+    attends_to_text = any("CrossAttn" in name for name in model.config["down_block_types"])
 
     def step() -> Tensor:
-        x_BChw = torch.empty(batch, *shape_Chw, dtype=weight.dtype)
-        text = None if width is None else torch.empty(batch, TEXT_TOKENS, width, dtype=weight.dtype)
-        return unet.predict(model, x_BChw, torch.empty(batch), Conditioning(embeddings=text))
+        x_BChw = torch.empty(batch, *shape_Chw, dtype=dtype)
+        text_BLD = torch.empty(batch, TEXT_TOKENS, width, dtype=dtype) if attends_to_text else None
+        return unet.predict(model, x_BChw, torch.empty(batch), Conditioning(embeddings=text_BLD))
 
     return meta_cost(step)
-
-
-def _attends_to_text(model: nn.Module) -> bool:
-    return any("CrossAttn" in name for name in model.config["down_block_types"])

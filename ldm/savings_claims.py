@@ -10,7 +10,18 @@ from typing import Literal
 
 from ldm.savings import LedgerRow
 
-__all__ = ["CLAIMS", "Claim", "Finding", "Kind", "Series", "computed_series", "findings", "measured_series"]
+__all__ = [
+    "CLAIMS",
+    "LATENT_STEPS",
+    "PIXEL_STEPS",
+    "Claim",
+    "Finding",
+    "Kind",
+    "Series",
+    "computed_series",
+    "findings",
+    "measured_series",
+]
 
 Kind = Literal["positions", "values", "compute", "compute × steps", "memory"]
 TOLERANCE = 0.1  # claims are rounded figures
@@ -99,7 +110,7 @@ def computed_series(of: str, rows: Mapping[int, LedgerRow]) -> list[Series]:
         if_less: Callable[[Claim], str],
     ) -> Series:
         by_f = {f: figure(row) for f, row in rows.items()}
-        return Series(f"{name}, {of}, computed", kind, by_f, if_more, if_less)
+        return Series(f"{name}, {of}, counted", kind, by_f, if_more, if_less)
 
     channels = _channels(rows)
     return [

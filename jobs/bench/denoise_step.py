@@ -3,27 +3,24 @@
 usage: python -m jobs.bench.denoise_step sampling|training PRESET LATENTS.npy SECONDS THREADS
 
 LATENTS: float32 (B, C, h, w), the batch of every step. Prints a JSON line: ``seconds`` a step (median),
-``steps``, ``peak_bytes`` (model and steps), ``weight_bytes``.
+``peak_bytes`` (model and steps), ``weight_bytes``.
 """
 
 import json
 import sys
 from collections.abc import Callable
-from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
-MIN_STEPS = 3
-
 
 def main(kind: str, preset: str, latents: str, seconds: str, threads: str) -> None:
     import numpy as np
     import torch
 
+    from jobs.bench.bursts import median_seconds
     from jobs.bench.peak_rss import PeakRss
     from ldm.meta_cost import weight_bytes
 
@@ -34,27 +31,15 @@ def main(kind: str, preset: str, latents: str, seconds: str, threads: str) -> No
     STEPS[kind](_new(preset, 3, 16), torch.zeros(1, 3, 16, 16))()
     peak = PeakRss()
     model = _new(preset, x_BChw.shape[1], x_BChw.shape[2])
-    found = _timed(STEPS[kind](model, x_BChw), float(seconds))
-    peaks = {"peak_bytes": peak.growth_bytes(), "weight_bytes": weight_bytes(model)}
-    print(json.dumps({"seconds": median(found), "steps": len(found), **peaks}))
+    found = median_seconds({kind: STEPS[kind](model, x_BChw)}, float(seconds))
+    figures = {"peak_bytes": peak.growth_bytes(), "weight_bytes": weight_bytes(model)}
+    print(json.dumps({"seconds": found[kind], **figures}))
 
 
 def _new(preset: str, channels: int, side: int) -> "UNet2DConditionModel":
     from ldm import unet
 
     return unet.build(preset, in_channels=channels, num_classes=None, sample_size=side)
-
-
-def _timed(step: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each step, after one that warms up; for so long, and `MIN_STEPS` of them at least."""
-    step()
-    found: list[float] = []
-    end = perf_counter() + seconds
-    while len(found) < MIN_STEPS or perf_counter() < end:
-        begin = perf_counter()
-        step()
-        found.append(perf_counter() - begin)
-    return found
 
 
 def _sampling(model: "UNet2DConditionModel", x_BChw: "Tensor") -> Callable[[], object]:
@@ -105,7 +90,7 @@ def _training(model: "UNet2DConditionModel", x_BChw: "Tensor") -> Callable[[], o
         prediction = predict(model, schedule.add_noise(x_BChw, noise, t_B), t_B, Conditioning())
         loss = diffusion_loss(prediction, schedule.target(x_BChw, noise, t_B)).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -38,14 +39,22 @@ class SavingsJob(JobConfig):
     seconds: PositiveFloat = Field(10.0, description="of each measurement, but three steps at least")
     threads: PositiveInt = Field(os.cpu_count() or 1, description="of torch")
     only: tuple[Part, ...] = Field(PARTS, description=f"beside the ledgers some of: {', '.join(PARTS)}")
+    quantise: bool = Field(False, description="instead compare fp32 with half precision and int8")
+    checkpoint: Path | None = Field(None, description="with --quantise: whose U-Net is quantised")
+    vae: str = Field("f8", description="with --quantise: whose decoder runs in half precision")
+    images: int = Field(16, ge=2, description="with --quantise: photographs, and samples")
+    steps: PositiveInt = Field(25, description="with --quantise: of each sample")
+    extractor: str = Field("random", description="with --quantise: of features, as evaluate samples has it")
     page: Path = Field(Path("out/savings.html"), description="HTML report to write")
 
     def run(self) -> dict[str, object]:
         """The ledgers by f, what was measured, a finding for every claim, and the sizes that fit."""
+        if self.quantise:
+            return self._run_quantise()
         import torch
 
         from jobs.savings_page import write_page
-        from jobs.savings_view import SavingsResult, as_json, print_sheets
+        from jobs.savings_view import SavingsResult, as_json, print_sheets, sheets
         from ldm.device_fit import size_peaks
         from ldm.savings import check_size, ledger
 
@@ -60,10 +69,34 @@ class SavingsJob(JobConfig):
             measured=self._measured() if "measured" in self.only else {},
             size_peaks=size_peaks() if "fit" in self.only else [],
         )
-        print_sheets(result)
+        print_sheets(sheets(result))
         write_page(self.page, result)
         print(f"report: {self.page}")
         return {**as_json(result), "page": str(self.page)}
+
+    def _run_quantise(self) -> dict[str, object]:
+        """Weights, memory, speed and loss of each form."""
+        import torch
+
+        from jobs.bench.reduced import check_checkpoint, decoder_rows, unet_rows
+        from jobs.savings_page import write_reduced_page
+        from jobs.savings_view import print_sheets, reduced_sheet
+        from ldm.autoencoder import load
+        from ldm.features import load_extractor
+
+        load(self.vae).check_size(self.measured_size_px, self.measured_size_px)
+        extractor = load_extractor(self.extractor)
+        if self.checkpoint:
+            check_checkpoint(self.checkpoint)
+        torch.set_num_threads(self.threads)
+        rows = decoder_rows(self.vae, self._photographs(self.images), extractor, self.seconds)
+        if self.checkpoint:
+            rows += unet_rows(self.checkpoint, self.images, self.steps, extractor, self.seconds)
+        sheet = reduced_sheet(rows, extractor.name)
+        print_sheets([sheet])
+        write_reduced_page(self.page, sheet)
+        print(f"report: {self.page}")
+        return {"reduced": [asdict(row) for row in rows], "page": str(self.page)}
 
     def _measured(self) -> "dict[str, dict[int, StepFigures]]":
         """Kind of step → f → what a process of its own measured, so that no peak hides another."""
@@ -85,14 +118,11 @@ class SavingsJob(JobConfig):
         import numpy as np
         import torch
 
-        from jobs.bench.photos import crops
         from ldm.autoencoder import load
         from ldm.image_tensors import to_model
-        from ldm.images import decode_image
         from ldm.savings import CHANNELS
 
-        photos = islice(crops(self.measured_size_px), self.batch_size)
-        images = to_model(np.stack([np.asarray(decode_image(photo.image or b"")) for photo in photos]))
+        images = to_model(self._photographs(self.batch_size))
 
         def seen_at(f: int) -> "NDArray[np.float32]":
             if f == 1:
@@ -105,3 +135,13 @@ class SavingsJob(JobConfig):
         for f, file in files.items():
             np.save(file, seen_at(f))
         return files
+
+    def _photographs(self, count: int) -> "NDArray[np.uint8]":
+        """uint8 (count, H, W, 3)."""
+        import numpy as np
+
+        from jobs.bench.photos import crops
+        from ldm.images import decode_image
+
+        photos = islice(crops(self.measured_size_px), count)
+        return np.stack([np.asarray(decode_image(photo.image or b"")) for photo in photos])

@@ -4,28 +4,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.savings_view import SavingsResult, sheets
+from jobs.savings_view import SavingsResult, Sheet, sheets
 from ldm.savings_claims import CLAIMS, Claim, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["write_page"]
+__all__ = ["write_page", "write_reduced_page"]
 
 COLOURS = ("#2563eb", "#0891b2", "#dc2626", "#ea580c", "#7c3aed", "#65a30d", "#0f766e", "#a16207")
 LATENT_F = (4, 8, 16)
 
 
 def write_page(path: Path, result: SavingsResult) -> None:
+    """The page of the ledgers."""
+    introduction = (
+        f"{result.counted_name}: counted on the meta device, never run here. {result.run_here_name}: "
+        "counted, and run on this machine where a table says “measured”. f = 1 are the pixels themselves."
+    )
+    _write(path, "What latents save", introduction, sheets(result), _plot(result.series))
+
+
+def write_reduced_page(path: Path, sheet: Sheet) -> None:
+    """The page of ``--quantise``."""
+    _write(path, "What narrower numbers save", "", [sheet], "")
+
+
+def _write(path: Path, title: str, introduction: str, found: Sequence[Sheet], plot: str) -> None:
     from jobs.pages import render
 
-    page = render(
-        "savings.html",
-        counted=result.counted_name,
-        run_here=result.run_here_name,
-        plot=_plot(result.series),
-        sheets=sheets(result),
-    )
+    page = render("savings.html", title=title, introduction=introduction, plot=plot, sheets=found)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.device_fit import ALLOWANCE_BYTES, Fit, SizePeak, fits
 from ldm.savings import LedgerRow
@@ -18,7 +18,10 @@ from ldm.savings_claims import (
     measured_series,
 )
 
-__all__ = ["SavingsResult", "Sheet", "StepFigures", "as_json", "print_sheets", "sheets"]
+if TYPE_CHECKING:
+    from jobs.bench.reduced import Reduced
+
+__all__ = ["SavingsResult", "Sheet", "StepFigures", "as_json", "print_sheets", "reduced_sheet", "sheets"]
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,12 @@ def sheets(result: SavingsResult) -> list[Sheet]:
     return found
 
 
-def print_sheets(result: SavingsResult) -> None:
+def print_sheets(found: Sequence[Sheet]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    for sheet in sheets(result):
+    for sheet in found:
         table = Table(*sheet.headings, title=sheet.title, title_justify="left", caption=sheet.note or None)
         for row in sheet.rows:
             table.add_row(*row)
@@ -115,6 +118,38 @@ def as_json(result: SavingsResult) -> dict[str, object]:
         "sizes": [asdict(peak) for peak in result.size_peaks],
         "fits": [asdict(fit) for fit in result.fits],
     }
+
+
+def reduced_sheet(rows: "Sequence[Reduced]", extractor: str) -> Sheet:
+    """fp32 beside narrower forms."""
+    return Sheet(
+        "Narrower numbers, measured here",
+        (
+            "network",
+            "form",
+            "weights",
+            "a call takes",
+            "seconds a call",
+            "speed, fp32 = 1",
+            "PSNR against fp32",
+            "FD to fp32",
+            "repeated in fp32",
+        ),
+        [
+            (
+                row.network,
+                row.form,
+                *map(_mb, (row.weight_bytes, row.peak_bytes)),
+                f"{row.seconds:.4g}",
+                f"{row.speed:.2f}",
+                f"{row.psnr_db:.1f} dB",
+                f"{row.fd:.3g}",
+                "" if row.num_repeated is None else str(row.num_repeated),
+            )
+            for row in rows
+        ],
+        f"Calls take turns. FD: features of the network {extractor!r}. int8 is of linear layers alone.",
+    )
 
 
 def _row_json(row: LedgerRow) -> dict[str, object]:

@@ -52,11 +52,11 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _bytes(tensor: Tensor) -> int:
+def _bytes(tensor: Any) -> int:
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    return int(tensor.numel() * tensor.element_size())
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

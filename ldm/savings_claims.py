@@ -159,7 +159,7 @@ def _attention(rows: Mapping[int, LedgerRow]) -> Callable[[Claim], str]:
         shares = f"{base.attention_share:.0%} of the FLOPs at f={claim.base}, {row.attention_share:.0%} at"
         return (
             f"attention is quadratic in positions, and {shares} f={claim.f}; all else falls "
-            f"{others[0] / others[1]:.0f}×, and the claim is {claim.low / claim.factor:g}×"
+            f"{others[0] / others[1]:.0f}×, and the claim is at most {claim.high / claim.factor:g}×"
         )
 
     return why

@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.errors import UserError
 
-__all__ = ["QUANTISATIONS", "linear_share", "quantise"]
+__all__ = ["QUANTISATIONS", "linear_share", "quantise", "require_torchao"]
 
 # Name → torchao's config. "int8": weights alone, widened for each product; "int8-dynamic": activations too,
 # with a scale that is measured in each call.
@@ -24,12 +24,17 @@ def quantise(model: nn.Module, how: str) -> None:
     """Quantise the linear layers in place. UserError for another ``how`` or where torchao is missing."""
     if how not in QUANTISATIONS:
         raise UserError(f"no quantisation {how!r}", allowed=", ".join(QUANTISATIONS))
+    quantization = require_torchao()
+    quantization.quantize_(model, getattr(quantization, QUANTISATIONS[how])())
+
+
+def require_torchao() -> Any:
+    """``torchao.quantization``. UserError where it is not installed."""
     try:
         from torchao import quantization
     except ImportError as error:
         raise UserError("torchao is not installed", do="pip install 'ray-ldm[quantise]'") from error
-    config: Any = getattr(quantization, QUANTISATIONS[how])()
-    quantization.quantize_(model, config)
+    return quantization
 
 
 def linear_share(model: nn.Module) -> float:

@@ -25,7 +25,7 @@ from ldm.image_tensors import to_model
 from ldm.meta_cost import weight_bytes
 from ldm.metrics import psnr
 from ldm.objective import kind_of
-from ldm.quantise import QUANTISATIONS, quantise
+from ldm.quantise import QUANTISATIONS, linear_share, quantise, require_torchao
 from ldm.sampling import Trajectory, sample
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def decoder_rows(
 
 
 def check_checkpoint(folder: Path) -> None:
-    """UserError unless it can be sampled by class or without a condition."""
+    """UserError unless it can be sampled by class or without a condition, and quantised here."""
     info = checkpoint.read_info(folder)
     if info.upsampling_factor is not None or info.embedding_width is not None:
         kind = "an upsampler" if info.upsampling_factor is not None else "conditioned on embeddings"
@@ -100,6 +100,7 @@ def check_checkpoint(folder: Path) -> None:
     checkpoint.read_scheduler_config(folder)
     unet.load(folder)
     checkpoint.check_vae(load(info.vae), info.vae_fingerprint, f"checkpoint {folder}")
+    require_torchao()
 
 
 def unet_rows(
@@ -122,7 +123,8 @@ def unet_rows(
         network = copy.deepcopy(exact)
         quantise(network, name)
         forms[name] = form(network)
-    return _compared(f"U-Net, {num_images} samples of {steps} steps", forms, extractor, seconds)
+    title = f"U-Net, {num_images} samples of {steps} steps, {linear_share(exact):.0%} of it linear"
+    return _compared(title, forms, extractor, seconds)
 
 
 @torch.no_grad()

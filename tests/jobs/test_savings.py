@@ -1,6 +1,7 @@
 """``ldm savings``: its JSON and page on a small layout, and the process that measures steps."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,12 @@ import torch
 from jobs import cli
 from jobs.bench import bursts, denoise_step
 from jobs.bench.peak_rss import PeakRss
+from jobs.bench.reduced import check_checkpoint, unet_rows
 from jobs.savings_view import SavingsResult, StepFigures, sheets
 from ldm import unet
+from ldm.checkpoint import INFO_FILE, read_info
+from ldm.errors import UserError
+from ldm.features import load_extractor
 from ldm.savings import ledger
 
 PARAMS = unet.PRESETS["tiny"].num_params
@@ -58,6 +63,38 @@ def test_a_process_measures_its_own_steps(
     assert figures["weight_bytes"] == 4 * PARAMS
     # New weights are resident; training has two averages and a gradient of each beside it.
     assert figures["peak_bytes"] > (4 if kind == "training" else 1) * figures["weight_bytes"] * 0.8
+
+
+def test_half_precision_of_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "savings --quantise --images 2 --measured-size-px 64 --seconds 0.01 --threads 1 --json"
+    assert cli.main([*command.split(), "--page", str(tmp_path / "page.html")]) == 0
+    exact, half, bfloat = json.loads(capsys.readouterr().out.splitlines()[-1])["reduced"]
+    assert [row["form"] for row in (exact, half, bfloat)] == ["float32", "float16", "bfloat16"]
+    assert half["weight_bytes"] == bfloat["weight_bytes"] == exact["weight_bytes"] / 2
+    assert (exact["speed"], exact["psnr_db"], exact["fd"]) == (1, "Infinity", pytest.approx(0, abs=1e-6))
+    # fp16 has three bits more of mantissa.
+    assert half["psnr_db"] > bfloat["psnr_db"] + 10 > 40
+    assert half["num_repeated"] == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao warns of its own parts
+def test_quantised_checkpoint(checkpoint_folders: dict[str, Path]) -> None:
+    pytest.importorskip("torchao")
+    for folder in checkpoint_folders.values():
+        check_checkpoint(folder)
+        exact, int8, dynamic = unet_rows(folder, 3, 2, load_extractor("random"), 0.01)
+        assert exact.weight_bytes > int8.weight_bytes == dynamic.weight_bytes
+        assert exact.psnr_db == float("inf")
+        assert 20 < dynamic.psnr_db < int8.psnr_db < 100
+
+
+def test_a_checkpoint_of_another_kind(checkpoint_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "upsampler"
+    shutil.copytree(checkpoint_folders["flow"], folder)
+    info = read_info(folder).model_copy(update={"upsampling_factor": 4, "max_noise_level": 10})
+    (folder / INFO_FILE).write_text(info.model_dump_json())
+    with pytest.raises(UserError, match="is an upsampler; allowed: a checkpoint with classes"):
+        check_checkpoint(folder)
 
 
 def test_memory_that_was_freed_again_is_in_the_peak() -> None:

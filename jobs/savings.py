@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from jobs.config import JobConfig
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,15 +57,14 @@ class SavingsJob(JobConfig):
         from jobs.savings_page import write_page
         from jobs.savings_view import SavingsResult, as_json, print_sheets, sheets
         from ldm.device_fit import size_peaks
-        from ldm.savings import check_size, ledger
+        from ldm.savings import ledger
 
-        check_size(self.size_px)
-        run_here = ledger(self.preset, self.measured_size_px)
+        self._check()
         result = SavingsResult(
             counted_name=f"{self.layout} U-Net, {self.size_px} px, fp16",
             counted=ledger(self.layout, self.size_px, torch.float16),
             run_here_name=f"{self.preset} U-Net, {self.measured_size_px} px, fp32",
-            run_here=run_here,
+            run_here=ledger(self.preset, self.measured_size_px),
             batch_size=self.batch_size,
             measured=self._measured() if "measured" in self.only else {},
             size_peaks=size_peaks() if "fit" in self.only else [],
@@ -73,6 +73,16 @@ class SavingsJob(JobConfig):
         write_page(self.page, result)
         print(f"report: {self.page}")
         return {**as_json(result), "page": str(self.page)}
+
+    def _check(self) -> None:
+        from ldm.savings import check_size
+        from ldm.unet import PRESETS
+
+        for size_px in (self.size_px, self.measured_size_px):
+            check_size(size_px)
+        without_text = [name for name, preset in PRESETS.items() if preset.cross_attention_dim is None]
+        if self.preset not in without_text:
+            raise UserError(f"no U-Net preset {self.preset!r} without text", allowed=", ".join(without_text))
 
     def _run_quantise(self) -> dict[str, object]:
         """Weights, memory, speed and loss of each form."""

@@ -104,6 +104,7 @@ BAD = [
     ("evaluate by-f {photos} --vaes {vae} --preprocess.sizes-px 30 --page {out}", "multiples of 4"),
     ("savings --size-px 100 --page {out}", "size 100 px; allowed: multiples of 64"),
     ("savings --measured-size-px 100 --page {out}", "size 100 px; allowed: multiples of 64"),
+    ("savings --preset sd21 --page {out}", "no U-Net preset 'sd21' without text; allowed: tiny, small"),
     ("savings --preset huge --page {out}", "no U-Net preset 'huge'"),
     ("savings --quantise --checkpoint {missing} --page {out}", "is no checkpoint"),
     ("savings --quantise --vae {no_weights} --page {out}", "has no weights"),

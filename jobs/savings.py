@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import tempfile
 from dataclasses import asdict
 from itertools import islice
@@ -66,6 +67,7 @@ class SavingsJob(JobConfig):
             run_here_name=f"{self.preset} U-Net, {self.measured_size_px} px, fp32",
             run_here=ledger(self.preset, self.measured_size_px),
             batch_size=self.batch_size,
+            machine=self._machine(),
             measured=self._measured() if "measured" in self.only else {},
             size_peaks=size_peaks() if "fit" in self.only else [],
         )
@@ -90,7 +92,7 @@ class SavingsJob(JobConfig):
 
         from jobs.bench.reduced import check_checkpoint, decoder_rows, unet_rows
         from jobs.savings_page import write_reduced_page
-        from jobs.savings_view import print_sheets, reduced_sheet
+        from jobs.savings_view import print_sheets, reduced_sheets
         from ldm.autoencoder import load
         from ldm.features import load_extractor
 
@@ -102,11 +104,18 @@ class SavingsJob(JobConfig):
         rows = decoder_rows(self.vae, self._photographs(self.images), extractor, self.seconds)
         if self.checkpoint:
             rows += unet_rows(self.checkpoint, self.images, self.steps, extractor, self.seconds)
-        sheet = reduced_sheet(rows, extractor.name)
-        print_sheets([sheet])
-        write_reduced_page(self.page, sheet)
+        found = reduced_sheets(rows, extractor.name, self._machine())
+        print_sheets(found)
+        write_reduced_page(self.page, found)
         print(f"report: {self.page}")
-        return {"reduced": [asdict(row) for row in rows], "page": str(self.page)}
+        reduced = [asdict(row) for row in rows]
+        return {"reduced": reduced, "machine": self._machine(), "page": str(self.page)}
+
+    def _machine(self) -> str:
+        import torch
+
+        device = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        return f"CPU {device}; torch {torch.__version__}, {self.threads} threads"
 
     def _measured(self) -> "dict[str, dict[int, StepFigures]]":
         """Kind of step → f → what a process of its own measured, so that no peak hides another."""

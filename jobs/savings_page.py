@@ -25,9 +25,9 @@ def write_page(path: Path, result: SavingsResult) -> None:
     _write(path, "What latents save", introduction, sheets(result), _plot(result.series))
 
 
-def write_reduced_page(path: Path, sheet: Sheet) -> None:
+def write_reduced_page(path: Path, found: Sequence[Sheet]) -> None:
     """The page of ``--quantise``."""
-    _write(path, "What narrower numbers save", "", [sheet], "")
+    _write(path, "What narrower numbers save", "", found, "")
 
 
 def _write(path: Path, title: str, introduction: str, found: Sequence[Sheet], plot: str) -> None:

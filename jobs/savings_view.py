@@ -21,7 +21,7 @@ from ldm.savings_claims import (
 if TYPE_CHECKING:
     from jobs.bench.reduced import Reduced
 
-__all__ = ["SavingsResult", "Sheet", "StepFigures", "as_json", "print_sheets", "reduced_sheet", "sheets"]
+__all__ = ["SavingsResult", "Sheet", "StepFigures", "as_json", "print_sheets", "reduced_sheets", "sheets"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StepFigures:
 class SavingsResult:
     """Ledgers of the layout that is only counted and of the one that is run here too, by f.
 
-    measured: kind of step → f → figures, empty where nothing was measured.
+    measured: kind of step → f → figures, empty where nothing was measured. machine: what it ran on.
     """
 
     counted_name: str
@@ -45,6 +45,7 @@ class SavingsResult:
     run_here_name: str
     run_here: Mapping[int, LedgerRow]
     batch_size: int
+    machine: str
     measured: Mapping[str, Mapping[int, StepFigures]]
     size_peaks: Sequence[SizePeak]
 
@@ -111,6 +112,7 @@ def as_json(result: SavingsResult) -> dict[str, object]:
     ledgers = {"counted": result.counted, "run_here": result.run_here}
     return {
         **{name: {str(f): _row_json(row) for f, row in rows.items()} for name, rows in ledgers.items()},
+        "machine": result.machine,
         "measured": {
             kind: {str(f): asdict(one) for f, one in by_f.items()} for kind, by_f in result.measured.items()
         },
@@ -120,35 +122,28 @@ def as_json(result: SavingsResult) -> dict[str, object]:
     }
 
 
-def reduced_sheet(rows: "Sequence[Reduced]", extractor: str) -> Sheet:
-    """fp32 beside narrower forms."""
-    return Sheet(
-        "Narrower numbers, measured here",
-        (
-            "network",
-            "form",
-            "weights",
-            "a call takes",
-            "seconds a call",
-            "speed, fp32 = 1",
-            "PSNR against fp32",
-            "FD to fp32",
-            "repeated in fp32",
-        ),
-        [
-            (
-                row.network,
-                row.form,
-                *map(_mb, (row.weight_bytes, row.peak_bytes)),
-                f"{row.seconds:.4g}",
-                f"{row.speed:.2f}",
-                f"{row.psnr_db:.1f} dB",
-                f"{row.fd:.3g}",
-                "" if row.num_repeated is None else str(row.num_repeated),
-            )
-            for row in rows
-        ],
-        f"Calls take turns. FD: features of the network {extractor!r}. int8 is of linear layers alone.",
+def reduced_sheets(rows: "Sequence[Reduced]", extractor: str, machine: str) -> list[Sheet]:
+    """fp32 beside narrower forms, a table for each network."""
+    headings = "form", "weights", "a call takes", "s a call", "speed", "PSNR, dB", "FD", "repeated"
+    note = (
+        f"Calls take turns. PSNR, and FD by features of the network {extractor!r}, are against fp32. int8 is "
+        f"of linear layers alone. Repeated: overflows, decoded in fp32. {machine}."
+    )
+    return [
+        Sheet(network, headings, [_reduced_cells(row) for row in rows if row.network == network], note)
+        for network in dict.fromkeys(row.network for row in rows)
+    ]
+
+
+def _reduced_cells(row: "Reduced") -> Sequence[str]:
+    return (
+        row.form,
+        *map(_mb, (row.weight_bytes, row.peak_bytes)),
+        f"{row.seconds:.3g}",
+        f"{row.speed:.2f}",
+        f"{row.psnr_db:.1f}",
+        f"{row.fd:.2g}",
+        "" if row.num_repeated is None else str(row.num_repeated),
     )
 
 
@@ -187,7 +182,8 @@ def _measured(result: SavingsResult) -> Sheet:
             for kind, by_f in result.measured.items()
             for f, one in by_f.items()
         ],
-        "Memory is what the process's resident size grew by at most; each row is a process of its own.",
+        "Memory is what the process's resident size grew by at most; each row is a process of its own. "
+        f"{result.machine}.",
     )
 
 

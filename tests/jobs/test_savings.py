@@ -43,11 +43,12 @@ def test_what_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_measured_steps_are_claims_evidence() -> None:
     rows = ledger("tiny", 64)
     steps = {f: StepFigures(1.0 / f**2, 1e9 / f, 4) for f in rows}
-    result = SavingsResult("a", rows, "b", rows, 1, {"sampling": steps}, [])
+    result = SavingsResult("a", rows, "b", rows, 1, "here", {"sampling": steps}, [])
     measured = {f.claim.f: f for f in result.findings if f.found_in.startswith("seconds, a step of sampling")}
     assert measured[4].verdict == "holds"
     assert (measured[16].value, measured[16].verdict) == (256, "more")
-    assert [sheet.title for sheet in sheets(result)][2].startswith("Steps of 1 images: b, measured here")
+    assert sheets(result)[2].title == "Steps of 1 images: b, measured here"
+    assert sheets(result)[2].note.endswith("here.")
 
 
 @pytest.mark.parametrize("kind", ["sampling", "training"])

@@ -110,6 +110,7 @@ def _quality(axes: "Axes", points: Sequence[Point], name: str) -> None:
                 point.form, (point.bits_per_pixel, value), (4, 4), textcoords="offset points", size=7
             )
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("bits per pixel")
     axes.margins(0.2)
     axes.grid(alpha=0.3)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["data_url", "render", "svg_of_line"]
+__all__ = ["data_url", "render", "svg_of_line", "svg_url"]
 
 
 def render(template: str, filters: dict[str, Callable[..., str]] | None = None, **values: object) -> str:
@@ -35,10 +35,11 @@ def svg_of_line(x: list[float], y: list[float], x_label: str, y_label: str, *, s
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_ylim(bottom=0 if steps else None)
     axes.grid(alpha=0.3)
-    return data_url(_svg(figure), "image/svg+xml")
+    return svg_url(figure)
 
 
-def _svg(figure: "Figure") -> bytes:
+def svg_url(figure: "Figure") -> str:
+    """A drawing, as a data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    return buffer.getvalue()
+    return data_url(buffer.getvalue(), "image/svg+xml")

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ldm.autoencoder import load
 from ldm.errors import UserError
@@ -26,6 +28,7 @@ from pipelines.evaluate.images import ImageId, Rejected, image_rows, rejected_of
 from pipelines.evaluate.pool import EvaluatePool
 from pipelines.evaluate.summaries import summarise
 from pipelines.shards import Shard
+from pipelines.storage_form import dequantise, quantise
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -38,11 +41,15 @@ FEATURES = ("original_features", "reconstruction_features")
 
 @dataclass(frozen=True)
 class ReconModels:
-    """Sources of the networks as every node finds them; extractor and perceptual empty: not computed."""
+    """Sources of the networks as every node finds them; extractor and perceptual empty: not computed.
+
+    stored: dtype that latents are stored in before they are decoded, float16 or int8; empty: not stored.
+    """
 
     vae: str
     extractor: str = ""
     perceptual: str = ""
+    stored: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Reconstructor:
     """
 
     def __init__(self, models: ReconModels, with_pictures: bool) -> None:
-        self.device, self.with_pictures = pick_device(), with_pictures
+        self.device, self.stored, self.with_pictures = pick_device(), models.stored, with_pictures
         self.autoencoder = load(models.vae).to(self.device)
         self.extractor = load_extractor(models.extractor).to(self.device) if models.extractor else None
         self.perceptual = None
@@ -113,7 +120,7 @@ class Reconstructor:
         pixels = row.pop("pixels")
         image = to_model(pixels[None]).to(self.device)
         moments = self.autoencoder.encode(image)
-        reconstruction = from_model(self.autoencoder.decode(moments.mode()))[0]
+        reconstruction = from_model(self.autoencoder.decode(_stored(moments.mode(), self.stored)))[0]
         decoded = to_model(reconstruction[None]).to(self.device)
         stats = LatentStats.of(moments)
         made = {
@@ -196,6 +203,14 @@ def _dataset(
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
     )
+
+
+def _stored(latent_1Chw: Tensor, dtype: str) -> Tensor:
+    """What comes back of a latent from a dataset of this dtype."""
+    if not dtype:
+        return latent_1Chw
+    half = latent_1Chw.half().cpu().numpy()
+    return torch.from_numpy(half if dtype == "float16" else dequantise(quantise(half))).float()
 
 
 def _figures(row: Row) -> Row:

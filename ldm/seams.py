@@ -11,7 +11,9 @@ __all__ = ["seam_ratio"]
 NEIGHBOURS = 4
 
 
-def seam_ratio(array_HWC: ArrayLike, rows: Sequence[int] = (), columns: Sequence[int] = ()) -> float:
+def seam_ratio(
+    array_HWC: ArrayLike, rows: Sequence[int] = (), columns: Sequence[int] = (), *, period: int = 1
+) -> float:
     """Mean |step| across the borders ÷ mean |step| between the lines beside them; near 1 without a seam.
 
     array_HWC: (H, W, C) of any real dtype. rows, columns: the first line behind each border, so 8 is
@@ -27,18 +29,20 @@ def seam_ratio(array_HWC: ArrayLike, rows: Sequence[int] = (), columns: Sequence
             f"need an (H, W, C) array and a border, got {array.shape}, {len(rows)} and {len(columns)}"
         )
     given = [(axis, borders) for axis, borders in enumerate((rows, columns)) if len(borders)]
-    parts = [_steps(np.moveaxis(array, axis, 0), borders) for axis, borders in given]
+    parts = [_steps(np.moveaxis(array, axis, 0), borders, period) for axis, borders in given]
     across, beside = (np.concatenate(side).mean(dtype=np.float64) for side in zip(*parts, strict=True))
     if beside == 0:
         return 1.0 if across == 0 else float("inf")
     return float(across / beside)
 
 
-def _steps(lines: NDArray[np.generic], borders: Sequence[int]) -> tuple[NDArray[np.float64], ...]:
+def _steps(
+    lines: NDArray[np.generic], borders: Sequence[int], period: int
+) -> tuple[NDArray[np.float64], ...]:
     """|steps| (flat) across the borders between ``lines`` (first axis), and between the lines beside them."""
     if not all(0 < border < len(lines) for border in borders):
         raise ValueError(f"borders {sorted(borders)} of {len(lines)} lines: allowed 1 to {len(lines) - 1}")
-    near = {border + i for border in borders for i in range(-NEIGHBOURS, NEIGHBOURS + 1)}
+    near = {border + i * period for border in borders for i in range(-NEIGHBOURS, NEIGHBOURS + 1)}
     beside = sorted(line for line in near - set(borders) if 0 < line < len(lines))
     if not beside:
         raise ValueError(f"no line beside the borders {sorted(borders)} that is not at a border")

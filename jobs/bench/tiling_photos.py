@@ -39,7 +39,8 @@ def measure(folder: Path | None, size_px: int, tile: int, count: int) -> list[Ph
             "diffusers": diffusers_tiling(autoencoder, latent_Chw, tile),
         }
         seams = {
-            way: seam_ratio(image.permute(1, 2, 0).numpy(), borders, borders) for way, image in images.items()
+            way: seam_ratio(image.permute(1, 2, 0).numpy(), borders, borders, period=autoencoder.f)
+            for way, image in images.items()
         }
         found.append(
             Photo(

@@ -18,7 +18,8 @@ def seam_ratio(
 
     array_HWC: (H, W, C) of any real dtype. rows, columns: the first line behind each border, so 8 is
     the border between lines 7 and 8. The lines beside a border are the 4 on either side, less those that
-    are at a border themselves; so a picture that is busier elsewhere changes nothing. Rows and columns
+    are at a border themselves; so a picture that is busier elsewhere changes nothing. period: of 8,
+    lines 8 to 32 away, since a decoded image has steps of its own where latents meet. Rows and columns
     count by the number of their steps. Infinite where only the borders have steps; 1 where nothing has.
 
     ValueError without a border, for one outside of the array, and where no line beside one is left.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.chunked_attention import chunked_attention
 from ldm.errors import UserError
 from ldm.tiling.spans import Rect, Span
 
@@ -177,13 +178,8 @@ class AttentionStep:
         attention = self.attention
         query = self._heads(attention.to_q(_positions(affine(x))))
         keys, values = self._heads(keys_1NC), self._heads(values_1NC)
-        attended = torch.cat(
-            [
-                F.scaled_dot_product_attention(part, keys, values)
-                for part in torch.split(query, max(1, MAX_SCORES // keys.shape[2]), dim=2)
-            ],
-            dim=2,
-        )
+        max_queries = max(1, MAX_SCORES // keys.shape[2])
+        attended = chunked_attention(query, keys, values, max_queries=max_queries)
         joined = attended.transpose(1, 2).flatten(2).to(x.dtype)
         y = _as_map(attention.to_out[0](joined), x)
         if attention.residual_connection:

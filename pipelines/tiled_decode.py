@@ -32,9 +32,6 @@ from pipelines.vae_source import on_every_node
 
 __all__ = ["SharedDecoder"]
 
-# Bands that an actor may be ahead of who takes them.
-BANDS_AHEAD = 2
-
 
 class SharedDecoder:
     """Actors that decode one image after the other, each image together. Needs a connected Ray.
@@ -142,9 +139,9 @@ class ActorCrew:
 
     def finish(self, moments: ChannelMoments | None, small: MomentsByStep) -> Iterator[Rows]:
         edges = self._edges(len(self.plan.stages[0]), len(self.sizes) - 1)
-        ahead = {"num_returns": "streaming", "_generator_backpressure_num_objects": BANDS_AHEAD}
+        # No bound on what is ahead: whoever has the lower bands would wait for those above to be taken.
         streams = [
-            actor.finish.options(**ahead).remote(moments, small, *edge)
+            actor.finish.options(num_returns="streaming").remote(moments, small, *edge)
             for actor, edge in zip(self.actors, edges, strict=True)
         ]
         for stream in streams:

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
+    "upscale": ("jobs.upscale", "enlarge an image or a latent with a cascade of upsamplers"),
     "decode": ("jobs.decode", "decode a latent into an image"),
 }
 

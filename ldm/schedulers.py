@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.objective import Kind, kind_of
 
-__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "start"]
+__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "go_on", "history", "start"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,21 @@ def start(name: str, scheduler_config: Mapping[str, object], num_steps: int) -> 
         scheduler.set_begin_index(0)
     started: Scheduler = scheduler
     return started
+
+
+def history(scheduler: Scheduler) -> list[Tensor]:
+    """What a multistep solver remembers of earlier steps, oldest first; nothing for the others."""
+    return [output for output in getattr(scheduler, "model_outputs", ()) if output is not None]
+
+
+def go_on(scheduler: Scheduler, step_index: int, remembered: Sequence[Tensor]) -> None:
+    """Put a fresh scheduler where another stood after ``step_index`` steps, with its `history`."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(step_index)
+    if remembered:
+        outputs: list[Tensor | None] = scheduler.model_outputs  # type: ignore[attr-defined]
+        outputs[-len(remembered) :] = remembered
+        scheduler.lower_order_nums = min(step_index, len(outputs))  # type: ignore[attr-defined]
 
 
 def _row(name: str, scheduler_config: Mapping[str, object]) -> SchedulerRow:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,20 +36,34 @@ from ldm.images import decode_image, encode_png
 from ldm.perceptual import Perceptual, load_perceptual
 from ldm.seams import seam_ratio
 from ldm.seeds import keyed_seed
+from ldm.upsampling import NUM_NOISE_LEVELS
 from pipelines.shards import Sample, write_tar
 
 SIZE_PX, LOW_SIZE_PX, FULL_SIZE_PX = 256, 64, 1024
 # A crop of stage 1 shows the short side or down to 1/1.5 of it, one of stage 2 a quarter of that.
 ZOOMS = {"stage1": (1.0, 1.5), "stage2": (4.0, 6.0)}
-STEPS = {"stage1": 3500, "stage2": 1500}
+STEPS = {"stage1": 6000, "stage2": 3000}
 CROPS_PER_PHOTO = 40
+# As preset tiny, wider, with attention in the middle only. With few channels, many groups of GroupNorm would
+# each lose their mean, and a latent its brightness.
+LAYOUT = {
+    "sample_size": SIZE_PX // 8,
+    "in_channels": 8,
+    "out_channels": 4,
+    "block_out_channels": (48, 96, 96),
+    "down_block_types": ("DownBlock2D",) * 3,
+    "up_block_types": ("UpBlock2D",) * 3,
+    "mid_block_type": "UNetMidBlock2D",
+    "attention_head_dim": 32,
+    "layers_per_block": 1,
+    "norm_num_groups": 1,
+    "num_class_embeds": NUM_NOISE_LEVELS,
+}
 TRAIN = {
-    "preset": "tiny",
     "data.size_px": SIZE_PX,
     "data.low_size_px": LOW_SIZE_PX,
     "max_noise_level": 100,
-    # Of the first steps of sampling, which decide what the low-resolution latent's colours become, min-SNR
-    # weighs the error 10 to 200 times less.
+    # Min-SNR weighs errors at the noisiest steps, where colours are decided, 10 to 200 times less.
     "min_snr_gamma": "null",
     "batch_size": 8,
     "learning_rate": 1e-3,
@@ -62,7 +77,7 @@ HELD_OUT_CROPS = 4  # of each photograph; every second one is made at 1024 px
 SAMPLING = Sampling(
     seed=0, num_inference_steps=10, scheduler="ddim", noise_level=0, window_overlap=0.25, window_batch=8
 )
-CANVAS_STEPS = 4
+CANVAS_STEPS = 3
 SEAM_LIMIT = 1.02
 
 
@@ -101,9 +116,12 @@ def prepare(out: Path, stage: str) -> None:
 
 def train(out: Path, stage: str) -> None:
     """An upsampler of the crops' latents, the second begun with the first; goes on where it was."""
-    options = TRAIN | {"steps": STEPS[stage]}
-    if stage == "stage2":
-        options["init"] = out / "stage1" / "upsampler" / "unet"
+    first = out / "first_unet"
+    if not first.exists():
+        torch.manual_seed(0)
+        unet.save(UNet2DConditionModel(**LAYOUT), first)
+    init = first if stage == "stage1" else out / "stage1" / "upsampler" / "unet"
+    options = TRAIN | {"steps": STEPS[stage], "init": init}
     folders = str(out / stage / "latents"), str(out / stage / "upsampler")
     _ldm("train", *folders, *(f"--train.{name.replace('_', '-')}={value}" for name, value in options.items()))
 

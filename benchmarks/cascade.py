@@ -75,9 +75,9 @@ TRAIN = {
 }
 HELD_OUT_CROPS = 4  # of each photograph; every second one is made at 1024 px
 SAMPLING = Sampling(
-    seed=0, num_inference_steps=10, scheduler="ddim", noise_level=0, window_overlap=0.25, window_batch=8
+    seed=0, num_inference_steps=4, scheduler="ddim", noise_level=0, window_overlap=0.25, window_batch=8
 )
-CANVAS_STEPS = 3
+CANVAS_STEPS = 4
 SEAM_LIMIT = 1.02
 
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
     "savings": ("jobs.savings", "what latents save over pixels, beside what is usually claimed"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
+    "upscale": ("jobs.upscale", "enlarge an image or a latent with a cascade of upsamplers"),
     "interpolate": ("jobs.interpolate", "images on the way between two images, latents or seeds"),
     "edit": ("jobs.edit", "change an image: noise and denoise it, or add a direction"),
     "inpaint": ("jobs.inpaint", "repaint what a mask covers with a checkpoint"),

@@ -36,23 +36,21 @@ class DecodeJob(JobConfig):
         """The file, its size in pixels, and how long it took."""
         import torch
 
-        from jobs.latent_source import from_dataset, from_npy
         from ldm.autoencoder import load
         from ldm.checkpoint import check_vae
         from ldm.image_rows import check_suffix
+        from pipelines.latent_source import read_latent
 
         check_suffix(self.out)
-        if "#" in self.latent:
-            latent, vae, fingerprint = from_dataset(self.latent)
-            autoencoder = load(self.vae or vae)
-            check_vae(autoencoder, fingerprint, self.latent)
-        else:
-            latent, autoencoder = from_npy(Path(self.latent)), load(self.vae or "f8")
+        source = read_latent(self.latent)
+        autoencoder = load(self.vae or source.vae or "f8")
+        if source.vae_fingerprint is not None:
+            check_vae(autoencoder, source.vae_fingerprint, self.latent)
         start = time.perf_counter()
         height, width = write_decoded(
             self.out,
             autoencoder,
-            torch.from_numpy(latent),
+            torch.from_numpy(source.latent_Chw),
             self.tiling,
             self.actors,
             self.cluster,

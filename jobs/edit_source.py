@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.latent_source import from_dataset, from_npy
 from ldm.autoencoder import Autoencoder, load
 from ldm.checkpoint import CheckpointInfo, check_vae
 from ldm.errors import BadSampleError, UserError
 from ldm.image_tensors import from_model, to_model
-from ldm.images import decode_image, encode_png
+from ldm.images import decode_image, encode_png, padded
 from ldm.preprocess import Preprocess
+from pipelines.latent_source import read_latent
 
-__all__ = ["Source", "load_vae", "padded", "read_bytes", "read_source", "write_npy", "write_png"]
+__all__ = ["Source", "load_vae", "read_bytes", "read_source", "write_npy", "write_png"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ def load_vae(vae: str | None, names: Sequence[str], info: CheckpointInfo | None)
 
     UserError where it is not the VAE of the checkpoint.
     """
-    of_datasets = (from_dataset(name)[1] for name in names if "#" in name)
-    autoencoder = load(vae or (info.vae if info else next(of_datasets, "f8")))
+    of_datasets = (read_latent(name).vae for name in names if "#" in name)
+    autoencoder = load(vae or (info.vae if info else next(of_datasets, None)) or "f8")
     if info:
         check_vae(autoencoder, info.vae_fingerprint, "the checkpoint")
     return autoencoder
@@ -58,21 +58,14 @@ def read_source(name: str, autoencoder: Autoencoder, size_px: int | None, multip
     multiple: what rows and columns of the latent must be multiples of; an image is padded up to it.
     UserError for what cannot be read, and a latent of another VAE.
     """
-    if "#" in name:
-        latent, _, fingerprint = from_dataset(name)
-        check_vae(autoencoder, fingerprint, name)
-        return _of_latent(name, latent, autoencoder)
-    if name.endswith(".npy"):
-        return _of_latent(name, from_npy(Path(name)), autoencoder)
+    if "#" in name or name.endswith(".npy"):
+        latent = read_latent(name)
+        if latent.vae_fingerprint is not None:
+            check_vae(autoencoder, latent.vae_fingerprint, name)
+        return _of_latent(name, latent.latent_Chw, autoencoder)
     image = _image(name, size_px)
     pixels = padded(image, autoencoder.f * multiple)
     return Source(name, autoencoder.encode(to_model(pixels[None])).mode()[0].clone(), image)
-
-
-def padded(image: NDArray[np.uint8], multiple_px: int) -> NDArray[np.uint8]:
-    """(H, W, …) with its last row and column repeated until both sides are multiples."""
-    extra = [(0, -side % multiple_px) for side in image.shape[:2]]
-    return np.pad(image, extra + [(0, 0)] * (image.ndim - 2), mode="edge")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -89,7 +82,7 @@ def write_png(path: Path, image_HW3: NDArray[np.uint8]) -> None:
 
 
 def write_npy(path: Path, z_Chw: Tensor) -> None:
-    """A latent as `jobs.latent_source.from_npy` reads it; the file appears when it is whole."""
+    """A latent as `pipelines.latent_source.read_latent` reads it; the file appears when it is whole."""
     from io import BytesIO
 
     buffer = BytesIO()

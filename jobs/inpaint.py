@@ -42,8 +42,9 @@ class InpaintJob(JobConfig):
         import numpy as np
         import torch
 
-        from jobs.edit_source import load_vae, padded, read_source
+        from jobs.edit_source import load_vae, read_source
         from ldm.editing import first_step, inpaint, latent_mask
+        from ldm.images import padded
 
         first_step(self.strength, self.denoise.steps)
         networks, denoiser = Networks(self.measure), Denoiser.load(self.checkpoint)

@@ -161,6 +161,12 @@ def resize_short_side(image: Image.Image, size_px: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
 
 
+def padded(image: NDArray[np.uint8], multiple_px: int) -> NDArray[np.uint8]:
+    """(H, W, …) with its last row and column repeated until both sides are multiples."""
+    extra = [(0, -side % multiple_px) for side in image.shape[:2]]
+    return np.pad(image, extra + [(0, 0)] * (image.ndim - 2), mode="edge")
+
+
 def encode_png(image_HW3: NDArray[np.uint8]) -> bytes:
     """uint8 (H, W, 3) → PNG."""
     buffer = io.BytesIO()

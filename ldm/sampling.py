@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning, concat
 from ldm.errors import UserError
-from ldm.schedulers import SCHEDULERS, add_noise, start
+from ldm.schedulers import SCHEDULERS, add_noise, go_on, history, start
 from ldm.unet import predict
 
 __all__ = ["MAX_SEED", "MAX_STEPS", "SCHEDULERS", "Trajectory", "denoise_step", "sample"]
@@ -142,6 +142,24 @@ class Trajectory:
         )
         self.latent = previous_1CHW[0]
         self.step_index += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the coming steps depend on beside the arguments, on the CPU."""
+        remembered = history(self._scheduler)
+        return {
+            "latent": self.latent.cpu(),
+            "step_index": torch.tensor(self.step_index),
+            "generator": self._generator.get_state(),
+            **{f"remembered_{index}": output[0].cpu() for index, output in enumerate(remembered)},
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state` of a trajectory with the same arguments; only before the first step."""
+        self.latent = state["latent"].to(self.device)
+        self.step_index = int(state["step_index"])
+        self._generator.set_state(state["generator"])
+        names = sorted(name for name in state if name.startswith("remembered_"))
+        go_on(self._scheduler, self.step_index, [state[name][None].to(self.device) for name in names])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.objective import Kind, kind_of
 
-__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "add_noise", "start"]
+__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "add_noise", "go_on", "history", "start"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,21 @@ def add_noise(scheduler: Scheduler, x0_CHW: Tensor, noise_CHW: Tensor, timestep:
         noised: Tensor = scheduler.scale_noise(x0_CHW[None], timestep[None], noise_CHW[None])[0]
         return noised
     return scheduler.add_noise(x0_CHW[None], noise_CHW[None], timestep[None])[0]
+
+
+def history(scheduler: Scheduler) -> list[Tensor]:
+    """What a multistep solver remembers of earlier steps, oldest first; nothing for the others."""
+    return [output for output in getattr(scheduler, "model_outputs", ()) if output is not None]
+
+
+def go_on(scheduler: Scheduler, step_index: int, remembered: Sequence[Tensor]) -> None:
+    """Put a fresh scheduler where another stood after ``step_index`` steps, with its `history`."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(step_index)
+    if remembered:
+        outputs: list[Tensor | None] = scheduler.model_outputs  # type: ignore[attr-defined]
+        outputs[-len(remembered) :] = remembered
+        scheduler.lower_order_nums = min(step_index, len(outputs))  # type: ignore[attr-defined]
 
 
 def _row(name: str, scheduler_config: Mapping[str, object]) -> SchedulerRow:

@@ -141,7 +141,7 @@ def check(folder: Path, requests: Sequence[Request], vae: str | None) -> str:
     if info.upsampling_factor is not None:
         raise UserError(
             f"{folder} is an upsampler, which cannot be sampled alone",
-            do="give a checkpoint that was trained without --train.data.low-size-px",
+            do=f"enlarge something with it: ldm upscale INPUT OUT --stages {folder}",
         )
     unet.load(folder)
     chosen = vae or info.vae

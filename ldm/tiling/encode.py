@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm.autoencoder import Autoencoder
 from ldm.image_tensors import to_model
+from ldm.images import padded
 from ldm.latents import Moments
 from ldm.tiling import exact, fast
 from ldm.tiling.chain import Step, encoder_chain, sizes
@@ -18,18 +19,12 @@ from ldm.tiling.grid import grid_of
 from ldm.tiling.maps import BandedMap, ImageMap, Storage
 from ldm.tiling.statistics import ChannelMoments
 
-__all__ = ["encode", "padded"]
-
-
-def padded(image_HW3: NDArray[np.uint8], f: int) -> NDArray[np.uint8]:
-    """The image with its last row and column repeated until both sides are multiples of ``f``."""
-    height, width = image_HW3.shape[:2]
-    return np.pad(image_HW3, ((0, -height % f), (0, -width % f), (0, 0)), mode="edge")
+__all__ = ["encode"]
 
 
 @torch.inference_mode()
 def encode(autoencoder: Autoencoder, image_HW3: NDArray[np.uint8], tiling: Tiling) -> Moments:
-    """Moments (1, C, ⌈H/f⌉, ⌈W/f⌉), float32 on the CPU, of the `padded` image.
+    """Moments (1, C, ⌈H/f⌉, ⌈W/f⌉), float32 on the CPU, of the image, `ldm.images.padded` to multiples of f.
 
     image_HW3: uint8; a memory map will do. To get back the image's own size, crop what the moments decode to.
     UserError, before anything is computed, for a VAE that cannot be tiled, and where there is no room.

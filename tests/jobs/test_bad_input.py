@@ -58,6 +58,7 @@ BAD = [
     ("encode {photos} {out} --vae nobody/such-vae", "the model hub cannot be reached"),
     ("bench encode --only warp", "only"),
     ("bench train --only warp", "only"),
+    ("bench tiling --only warp", "only"),
     ("verify {missing}", "no such latent dataset"),
     ("verify {empty}", "it has no dataset.json"),
     ("verify {latents} --deep", "--deep needs the input that was encoded"),
@@ -152,6 +153,13 @@ BAD = [
     ("decode {missing} {out}.png --vae {vae}", "cannot read latent"),
     ("decode {latents}#owl {out}.png", "no row 'owl'"),
     ("decode {latents}#k0 {out}.png --vae {other}", "latents of another VAE"),
+    ("decode {latents}#k0 {out}.png --vae f8", "latents of another VAE"),
+    ("decode {latents}#k0 {out}.jpg", "no known format"),
+    ("decode {latents}#k0 {out}.png --tiling.tile 0", "tile"),
+    ("decode {latents}#k0 {out}.png --tiling.mode blended", "mode"),
+    ("decode {latents}#k0 {out}.png --crop-px 33,32", "33×32 px of an image of 32×32 px"),
+    ("upscale {pictures}/a.png {out}.png --stages {checkpoint}", "no upsampler"),
+    ("upscale {missing}.npy {out}.png --stages {checkpoint}", "cannot read latent"),
 ]
 
 

@@ -6,10 +6,11 @@ import torch
 
 from jobs.bench.random_vaes import random_kl, random_tiny
 from ldm.autoencoder import Autoencoder
+from ldm.images import padded
 from ldm.tiling import exact
 from ldm.tiling.chain import encoder_chain
 from ldm.tiling.config import Tiling
-from ldm.tiling.encode import encode, padded
+from ldm.tiling.encode import encode
 from ldm.tiling.grid import grid_of
 from ldm.tiling.maps import BandedMap, Storage
 

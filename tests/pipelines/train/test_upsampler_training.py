@@ -213,5 +213,7 @@ def test_a_checkpoint_says_that_it_is_an_upsampler(
     checkpoint.save(tmp_path, ema=model, last=model, scheduler_config=scheduler, info=info)
     assert checkpoint.read_info(tmp_path) == info
     assert unet.load(tmp_path).config["num_class_embeds"] == 1000
-    with pytest.raises(UserError, match=r"is an upsampler, which cannot be sampled alone; give a checkpoint"):
+    with pytest.raises(
+        UserError, match=r"which cannot be sampled alone; enlarge something with it: ldm upscale "
+    ):
         check(tmp_path, [Request(None, 0, 1.0, 4, "ddim")], None)

@@ -69,7 +69,7 @@ def write_edits(
     """Each edit as PNG and as latent .npy, and sheet.png: the original, then the edits in a row."""
     import numpy as np
 
-    from jobs.edit_source import write_npy, write_png
+    from jobs.output_file import write_npy, write_png
     from ldm.image_tensors import image_grid
 
     for name, image, z_Chw in zip(names, images_BHW3, z_BChw, strict=True):

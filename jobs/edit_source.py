@@ -1,6 +1,5 @@
 """What a user gives to be edited: an image file, a latent .npy or DATASET#KEY → a latent and its pixels."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from ldm.autoencoder import Autoencoder, load
 from ldm.checkpoint import CheckpointInfo, check_vae
 from ldm.errors import BadSampleError, UserError
 from ldm.image_tensors import from_model, to_model
-from ldm.images import decode_image, encode_png, padded
+from ldm.images import decode_image, padded
 from ldm.preprocess import Preprocess
 from pipelines.latent_source import read_latent
 
-__all__ = ["Source", "load_vae", "read_bytes", "read_source", "write_npy", "write_png"]
+__all__ = ["Source", "load_vae", "read_bytes", "read_source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,27 +73,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def write_png(path: Path, image_HW3: NDArray[np.uint8]) -> None:
-    """The file appears when it is whole."""
-    _publish(path, encode_png(image_HW3))
-
-
-def write_npy(path: Path, z_Chw: Tensor) -> None:
-    """A latent as `pipelines.latent_source.read_latent` reads it; the file appears when it is whole."""
-    from io import BytesIO
-
-    buffer = BytesIO()
-    np.save(buffer, z_Chw.numpy(), allow_pickle=False)
-    _publish(path, buffer.getvalue())
-
-
-def _publish(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _of_latent(name: str, latent_Chw: NDArray[np.float32], autoencoder: Autoencoder) -> Source:

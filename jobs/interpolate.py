@@ -51,7 +51,7 @@ class InterpolateJob(JobConfig):
 
     def run(self) -> dict[str, object]:
         """The contact sheet, the frames, and how smooth a path is."""
-        from jobs.edit_source import write_png
+        from jobs.output_file import write_png
         from ldm.image_tensors import image_grid
         from ldm.perceptual import load_perceptual
 

@@ -77,16 +77,9 @@ class UpscaleJob(Upscaling, JobConfig):
 
     def _write(self, latent_CHW: "Tensor", autoencoder: "Autoencoder", size_px: tuple[int, int]) -> None:
         """As an image, without what was added to the input's sides, or as a latent."""
-        import io
+        from jobs.output_file import write_npy
 
-        import numpy as np
-        from fsspec.implementations.local import LocalFileSystem
-
-        from pipelines.publish import publish
-
-        if self.out.suffix.lower() != ".npy":
-            write_decoded(self.out, autoencoder, latent_CHW, self.tiling, self.actors, self.cluster, size_px)
+        if self.out.suffix.lower() == ".npy":
+            write_npy(self.out, latent_CHW)
             return
-        buffer = io.BytesIO()
-        np.save(buffer, latent_CHW.numpy())
-        publish(LocalFileSystem(), str(self.out), buffer.getvalue())
+        write_decoded(self.out, autoencoder, latent_CHW, self.tiling, self.actors, self.cluster, size_px)

@@ -1,5 +1,6 @@
 """A latent becomes an image file: how every job decodes one large image."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from ldm.tiling.exact import Rows
 
 __all__ = ["write_decoded"]
+
+# Standard deviation of latents whitened by the VAE's config: 1 over many photographs.
+MIN_STD, MAX_STD = 0.3, 3.0
 
 
 def write_decoded(
@@ -40,6 +44,7 @@ def write_decoded(
 
     autoencoder.check_latents(latent_Chw[None])
     size = _size(autoencoder, latent_Chw, crop_px)
+    _doubt_scale(autoencoder, latent_Chw)
     _announce(autoencoder, latent_Chw, tiling)
     with ExitStack() as stack:
         if actors.size:
@@ -62,6 +67,20 @@ def _size(
     if crop_px[0] > height or crop_px[1] > width:
         raise UserError(f"{crop_px[0]}×{crop_px[1]} px of an image of {height}×{width} px")
     return crop_px
+
+
+def _doubt_scale(autoencoder: "Autoencoder", latent_Chw: "Tensor") -> None:
+    """A note where the latent looks like one of another scale: whitened for a U-Net, or of another VAE.
+
+    No more than a note, since an image of one colour has such latents too.
+    """
+    std = float(autoencoder.whitening.normalise(latent_Chw[None]).std())
+    if not MIN_STD < std < MAX_STD:
+        print(
+            f"note: this latent varies {std:.2g} times as much as latents of VAE {autoencoder.name} usually; "
+            "it should be in the VAE's own scale, not whitened",
+            file=sys.stderr,
+        )
 
 
 def _announce(autoencoder: "Autoencoder", latent_Chw: "Tensor", tiling: Tiling) -> None:

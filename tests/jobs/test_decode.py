@@ -47,6 +47,16 @@ def test_a_large_image_is_cropped_and_written_as_tiff(vae_folder: Path, tmp_path
     assert_same_but_for_rounding(pixels(tmp_path / "image.tif"), wanted)
 
 
+@pytest.mark.parametrize(("factor", "is_doubted"), [(1.0, False), (0.1, True), (10.0, True)])
+def test_a_latent_of_another_scale_gets_a_note(
+    vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, is_doubted: bool
+) -> None:
+    std = load(vae_folder).whitening.scale_C[0]
+    np.save(tmp_path / "latent.npy", LATENT.astype(np.float32) * std * factor)
+    DecodeJob(latent=str(tmp_path / "latent.npy"), out=tmp_path / "a.png", vae=str(vae_folder)).run()
+    assert ("this latent varies" in capsys.readouterr().err) == is_doubted
+
+
 def test_a_crop_larger_than_the_image_is_refused(vae_folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "latent.npy", LATENT)
     said = "17×24 px of an image of 16×24 px"

@@ -53,7 +53,7 @@ class UpscaleJob(Upscaling, JobConfig):
 
         check_suffix(self.out)
         autoencoder = load(self.vae or read_info(self.stages[0]).vae)
-        source = read_input(self.input, autoencoder)
+        source = read_input(self.input, autoencoder, self.tiling)
         upsamplers = check(source.latent_Chw, self.stages, self, autoencoder)
         work = self.work or self.out.with_suffix(".stages")
         open_run(work, source.latent_Chw, upsamplers, self, self.pool.threads)

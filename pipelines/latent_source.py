@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import check_vae
 from ldm.errors import BadSampleError, UserError
-from ldm.image_tensors import to_model
-from ldm.images import decode_image, padded
+from ldm.images import decode_image
+from ldm.tiling.config import Tiling
+from ldm.tiling.encode import encode
 from pipelines.dataset import LatentDataset
 from pipelines.latent_table import read_latents
 
@@ -42,13 +43,13 @@ def read_latent(name: str) -> SourceLatent:
     return SourceLatent(_from_npy(Path(name)), None, None)
 
 
-def read_input(name: str, autoencoder: Autoencoder) -> Input:
-    """What `read_latent` reads, or an image, encoded.
+def read_input(name: str, autoencoder: Autoencoder, tiling: Tiling) -> Input:
+    """What `read_latent` reads, or an image, encoded, of any size.
 
     UserError where there is no such thing, or the row is of another VAE.
     """
     if not name.lower().endswith(".npy") and Path(name).is_file():
-        return _from_image(Path(name), autoencoder)
+        return _from_image(Path(name), autoencoder, tiling)
     source = read_latent(name)
     if source.vae_fingerprint is not None:
         check_vae(autoencoder, source.vae_fingerprint, name)
@@ -56,15 +57,14 @@ def read_input(name: str, autoencoder: Autoencoder) -> Input:
     return Input(source.latent_Chw, (height * autoencoder.f, width * autoencoder.f))
 
 
-def _from_image(path: Path, autoencoder: Autoencoder) -> Input:
-    """The posterior's mean, of the image with its last row and column repeated up to a multiple of f."""
+def _from_image(path: Path, autoencoder: Autoencoder, tiling: Tiling) -> Input:
+    """The posterior's mean."""
     try:
         image_HW3 = np.asarray(decode_image(path.read_bytes()))
     except (OSError, BadSampleError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
     height, width = image_HW3.shape[:2]
-    latent_1Chw = autoencoder.encode(to_model(padded(image_HW3, autoencoder.f)[None])).mode()
-    return Input(latent_1Chw[0].cpu().numpy(), (height, width))
+    return Input(encode(autoencoder, image_HW3, tiling).mode()[0].numpy(), (height, width))
 
 
 def _from_npy(path: Path) -> NDArray[np.float32]:

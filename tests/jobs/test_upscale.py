@@ -15,9 +15,11 @@ from ldm import checkpoint, unet
 from ldm.autoencoder import load
 from ldm.cascade import Sampling, Upsampler, Upsampling, WindowDenoiser
 from ldm.errors import UserError
-from ldm.image_tensors import from_model, to_model
+from ldm.image_tensors import from_model
 from ldm.images import encode_png
 from ldm.objective import NoiseSchedule
+from ldm.tiling.config import Tiling
+from ldm.tiling.encode import encode
 from pipelines.window_pool import WindowPool
 
 OPTIONS = {"steps": 4, "noise_level": 10, "snapshot_every": 1, "window_batch": 2}
@@ -106,7 +108,7 @@ def test_an_image_through_two_stages(
     }  # fmt: skip
     autoencoder = load(vae_folder)
     padded = np.pad(pixels(picture), ((0, 2), (0, 3), (0, 0)), mode="edge")
-    low = autoencoder.encode(to_model(padded[None])).mode()[0].numpy()
+    low = encode(autoencoder, padded, Tiling(mode="exact")).mode()[0].numpy()
     latent = by_hand(low, stages)
     np.testing.assert_array_equal(np.load(tmp_path / "big.stages/stage2.npy"), latent)
     expected = from_model(autoencoder.decode(latent[None]))[0][:56, :84]

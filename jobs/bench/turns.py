@@ -23,6 +23,7 @@ __all__ = ["Line", "Way", "rate_of", "take_turns"]
 
 TURN_S = 10.0
 START_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 30.0
 # Of a start: allocators, caches and the Ray cluster settle.
 WARM_UP_LINES = 4
 # A piece of work during which the command was stopped seems to last this many times as long, or more.
@@ -91,12 +92,13 @@ class _Running:
             end = self.errors.read().decode(errors="replace")[-2000:]
             raise RuntimeError(f"{self} ended by itself:\n{end}")
 
-    def signal(self, number: signal.Signals) -> None:
-        _signal(self.process.pid, number)
+    def signal(self, number: signal.Signals) -> list[psutil.Process]:
+        return _signal(self.process.pid, number)
 
     def end(self) -> None:
-        self.signal(signal.SIGKILL)
+        family = self.signal(signal.SIGKILL)
         self.process.wait()
+        psutil.wait_procs(family, timeout=END_TIMEOUT_S)
         self.errors.close()
 
     def __str__(self) -> str:
@@ -118,18 +120,19 @@ def _paused(ways: Mapping[str, Way]) -> Iterator[dict[str, _Running]]:
             one.end()
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    """To the process and to everything that it started."""
+def _signal(pid: int, number: signal.Signals) -> list[psutil.Process]:
+    """To the process and to everything that it started; returns these."""
     try:
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return
+        return []
     for member in family:
         try:
             member.send_signal(number)
         except psutil.NoSuchProcess:
             continue
+    return family
 
 
 def _lines(log: Path) -> list[Line]:

@@ -52,7 +52,7 @@ def test_first_word_of_a_two_word_command_lists_its_forms(capsys: pytest.Capture
     [
         (["encod"], "unknown command 'encod'; did you mean 'encode'?"),
         (["evaluate", "recn", "x"], "unknown command 'evaluate recn'; did you mean 'evaluate recon'?"),
-        (["evaluate", "zzzzzzzz"], "unknown command 'evaluate zzzzzzzz'; did you mean 'evaluate recon'?"),
+        (["evaluate", "zzzzzzzz"], "unknown command 'evaluate zzzzzzzz'; did you mean 'evaluate by-f'?"),
         (["--jsn"], "unknown command '--jsn'; allowed: " + ", ".join(cli.COMMANDS)),
     ],
 )

@@ -106,9 +106,9 @@ class EvaluateSamplesJob(JobConfig):
         """One for every image, at the first point of the sweep."""
         from ldm.checkpoint import read_scheduler_config
         from ldm.objective import kind_of
+        from ldm.schedulers import default_scheduler
 
-        is_flow = kind_of(read_scheduler_config(self.checkpoint)) == "flow"
-        scheduler = self.scheduler or ("flow_euler" if is_flow else "ddim")
+        scheduler = self.scheduler or default_scheduler(kind_of(read_scheduler_config(self.checkpoint)))
         if not info.class_names and any(guidance != 1 for guidance in self.guidance):
             raise UserError(
                 f"guidance {max(self.guidance):g} for a model without classes", do="leave --guidance out"

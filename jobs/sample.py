@@ -59,11 +59,10 @@ class SampleJob(JobConfig):
         from ldm.checkpoint import read_info, read_scheduler_config
         from ldm.conditioning import ClassConditioner
         from ldm.objective import kind_of
+        from ldm.schedulers import default_scheduler
 
         info = read_info(self.checkpoint)
-        scheduler = self.scheduler or (
-            "flow_euler" if kind_of(read_scheduler_config(self.checkpoint)) == "flow" else "ddim"
-        )
+        scheduler = self.scheduler or default_scheduler(kind_of(read_scheduler_config(self.checkpoint)))
         labels: list[int | None] = [None]
         if info.class_names:
             encoded = ClassConditioner(info.class_names).encode(self.classes or info.class_names).class_labels

@@ -25,6 +25,7 @@ from ldm.errors import UserError
 from ldm.latents import keyed_normal
 from ldm.objective import NoiseSchedule, kind_of
 from ldm.sampling import MAX_SEED, Trajectory
+from ldm.schedulers import default_scheduler
 from ldm.seeds import keyed_seed
 from ldm.upsampling import upsampler_input
 from ldm.windows import Corner, WindowGrid, WindowMean
@@ -73,7 +74,7 @@ class Upsampler:
 
     @property
     def default_scheduler(self) -> str:
-        return "flow_euler" if kind_of(self.scheduler_config) == "flow" else "ddim"
+        return default_scheduler(kind_of(self.scheduler_config))
 
 
 class WindowBatch(NamedTuple):

@@ -20,6 +20,7 @@ from ldm.conditioning import ClassConditioner, Conditioning, EmbeddingConditione
 from ldm.errors import UserError
 from ldm.objective import kind_of
 from ldm.sampling import Trajectory
+from ldm.schedulers import default_scheduler
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -95,7 +96,7 @@ class Denoiser:
         condition, null = self._conditions(options.class_name)
         return Trajectory(
             shape=shape,
-            scheduler=options.scheduler or self._default_scheduler,
+            scheduler=options.scheduler or default_scheduler(kind_of(self.scheduler_config)),
             scheduler_config=self.scheduler_config,
             num_inference_steps=options.steps,
             # Without a condition both predictions of a guided step are the same one.
@@ -107,10 +108,6 @@ class Denoiser:
             x0=x0,
             first_step=first_step,
         )
-
-    @property
-    def _default_scheduler(self) -> str:
-        return "flow_euler" if kind_of(self.scheduler_config) == "flow" else "ddim"
 
     def _conditions(self, class_name: str | None) -> tuple[Conditioning, Conditioning | None]:
         """The condition and its null."""

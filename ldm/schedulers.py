@@ -12,7 +12,16 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.objective import Kind, kind_of
 
-__all__ = ["SCHEDULERS", "Scheduler", "SchedulerRow", "add_noise", "go_on", "history", "start"]
+__all__ = [
+    "SCHEDULERS",
+    "Scheduler",
+    "SchedulerRow",
+    "add_noise",
+    "default_scheduler",
+    "go_on",
+    "history",
+    "start",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,11 @@ SCHEDULERS: Mapping[str, SchedulerRow] = {
     # Liu et al. 2022, section 2: Euler steps along the learned velocity.
     "flow_euler": SchedulerRow(diffusers_class="FlowMatchEulerDiscreteScheduler", kind="flow"),
 }
+
+
+def default_scheduler(kind: Kind) -> str:
+    """The key of `SCHEDULERS` for a user who names none."""
+    return "flow_euler" if kind == "flow" else "ddim"
 
 
 class Scheduler(Protocol):

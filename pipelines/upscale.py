@@ -70,11 +70,7 @@ def check(
     UserError for a latent of other channels than the VAE's, a folder that is no upsampler or one of another
     VAE, and for what its sampler cannot do.
     """
-    if low_Chw.shape[0] != autoencoder.channels or not low_Chw.size:
-        raise UserError(
-            f"a latent of shape {low_Chw.shape} is not one of VAE {autoencoder.name}",
-            allowed=f"({autoencoder.channels}, height, width)",
-        )
+    autoencoder.check_latents(torch.from_numpy(low_Chw)[None])
     return [_checked(Upsampler.read(folder), config, autoencoder) for folder in folders]
 
 

@@ -27,6 +27,7 @@ from ldm.metrics import psnr
 from ldm.objective import kind_of
 from ldm.quantise import QUANTISATIONS, linear_share, quantise, require_torchao
 from ldm.sampling import Trajectory, sample
+from ldm.schedulers import default_scheduler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +147,7 @@ def _latents(network: nn.Module, folder: Path, num_images: int, steps: int) -> T
     trajectories = [
         Trajectory(
             shape=info.latent_shape,
-            scheduler="flow_euler" if kind_of(config) == "flow" else "ddim",
+            scheduler=default_scheduler(kind_of(config)),
             scheduler_config=config,
             num_inference_steps=steps,
             guidance=1.0,

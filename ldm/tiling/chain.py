@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ConvStep:
-    """``after(scale · (conv(up(act(norm(before(x))))) + kept))``, each part but the convolution optional.
+    """``after((conv(up(act(norm(before(x))))) + kept) / divisor)``, each part but the convolution optional.
 
     ``padding``: rows of zeros before and after the map, columns alike. ``keeps``: what of this step's input
     (behind ``keeps``: an identity or a 1×1 convolution) is kept for the next step that ``adds`` it: the two
@@ -68,6 +68,11 @@ class ConvStep:
     @property
     def out_channels(self) -> int:
         return self.conv.out_channels
+
+    @property
+    def values_per_position(self) -> int:
+        """Values of its output, or of its input where that has more, behind one position of the output."""
+        return max(self.out_channels, self.in_channels * self.conv.stride[0] ** 2)
 
     @property
     def kept_channels(self) -> int:
@@ -159,7 +164,7 @@ class AttentionStep:
     def in_channels(self) -> int:
         return self.norm.num_channels
 
-    out_channels = in_channels
+    out_channels = values_per_position = in_channels
 
     def out_size(self, size: int) -> int:
         return size
@@ -246,7 +251,7 @@ def _check_blocks(vae: "DiffusersVae", blocks: Sequence[nn.Module], allowed: str
         raise UserError(
             f"a VAE with {what} cannot be tiled",
             allowed=f"AutoencoderTiny, or AutoencoderKL of {allowed}",
-            do="use --mode whole",
+            do="use --tiling.mode whole",
         )
 
 
@@ -295,20 +300,20 @@ def _resnet(block: "ResnetBlock2D") -> Iterator[Step]:
     yield replace(_conv(block.conv2), norm=block.norm2, act=act, adds=True, divisor=divisor)
 
 
-def _tiny_decoder(vae: "DiffusersVae") -> Iterator[Step]:
-    steps = list(_tiny_layers(vae.decoder.layers))
+def _tiny_decoder(vae: "DiffusersVae") -> list[ConvStep]:
+    steps = _tiny_layers(vae.decoder.layers)
     steps[0] = replace(steps[0], before=_bounded)
     steps[-1] = replace(steps[-1], after=_from_unit_interval)
-    yield from steps
+    return steps
 
 
-def _tiny_encoder(vae: "DiffusersVae") -> Iterator[Step]:
-    steps = list(_tiny_layers(vae.encoder.layers))
+def _tiny_encoder(vae: "DiffusersVae") -> list[ConvStep]:
+    steps = _tiny_layers(vae.encoder.layers)
     steps[0] = replace(steps[0], before=_to_unit_interval)
-    yield from steps
+    return steps
 
 
-def _tiny_layers(layers: Sequence[nn.Module]) -> Iterator[ConvStep]:
+def _tiny_layers(layers: Sequence[nn.Module]) -> list[ConvStep]:
     """Steps of an EncoderTiny or DecoderTiny: convolutions, activations, upsamplings and residual blocks."""
     steps: list[ConvStep] = []
     upsampling = 1
@@ -323,8 +328,8 @@ def _tiny_layers(layers: Sequence[nn.Module]) -> Iterator[ConvStep]:
         elif isinstance(layer, nn.ReLU | nn.SiLU | nn.GELU | nn.Mish):
             steps[-1] = replace(steps[-1], after=layer)
         else:
-            raise UserError(f"an AutoencoderTiny with {layer} cannot be tiled", do="use --mode whole")
-    yield from steps
+            raise UserError(f"an AutoencoderTiny with {layer} cannot be tiled", do="use --tiling.mode whole")
+    return steps
 
 
 def _tiny_block(block: "AutoencoderTinyBlock") -> Iterator[ConvStep]:

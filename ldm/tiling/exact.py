@@ -211,8 +211,7 @@ class BandRunner:
             self.kept.new_band(rows, self.storage, self.dtype)
 
     def _tiles(self, index: int, band: int) -> Iterator[Rect]:
-        step = self.chain[index]
-        yield from self.grid.tiles(band, self.sizes[index + 1], max(step.in_channels, step.out_channels))
+        yield from self.grid.tiles(band, self.sizes[index + 1], self.chain[index].values_per_position)
 
     def _first_needed(self, index: int, band: int) -> int:
         """The first row that band ``band`` and those after it read."""

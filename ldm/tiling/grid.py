@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ldm.errors import UserError
 from ldm.tiling.chain import Step, sizes
 from ldm.tiling.spans import Rect, Span
 
@@ -18,17 +17,11 @@ class Grid:
     latent_size: (h, w). A map of n·h rows has bands of n·tile rows. tile_values: of the larger of a step's
     input and output, in their tile: what bounds the device's memory. At low resolution a tile is wider for
     it, with less of a border to compute twice.
-
-    UserError for a tile without latents.
     """
 
     latent_size: tuple[int, int]
     tile: int
     tile_values: int
-
-    def __post_init__(self) -> None:
-        if self.tile < 1:
-            raise UserError(f"a tile of {self.tile} latents", allowed="1 or more; 32 is usual")
 
     @property
     def num_bands(self) -> int:
@@ -50,10 +43,10 @@ class Grid:
         for start in range(0, self.latent_size[1], self.tile):
             yield Span(start, start + self.tile).clip(self.latent_size[1]).scaled(scale)
 
-    def tiles(self, index: int, size: tuple[int, int], channels: int) -> Iterator[Rect]:
-        """Tiles of a band of a map of ``size`` with ``channels``, from left to right."""
+    def tiles(self, index: int, size: tuple[int, int], values_per_position: int) -> Iterator[Rect]:
+        """Tiles of a band of a map of ``size``, from left to right."""
         rows = self.band(index, size[0])
-        width = max(1, self.tile_values // (channels * rows.size))
+        width = max(1, self.tile_values // (values_per_position * rows.size))
         count = -(-size[1] // width)
         edges = [size[1] * i // count for i in range(count + 1)]
         for start, stop in pairwise(edges):

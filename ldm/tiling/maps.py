@@ -50,7 +50,7 @@ class Storage:
         """UserError with both figures where there is less room."""
         if self.folder is None:
             what, free_bytes = "memory", int(psutil.virtual_memory().available)
-            do = "give a folder with --spill, or choose mode fast"
+            do = "give a folder with --tiling.spill, or choose mode fast"
         else:
             what, free_bytes = f"spill folder {self.folder}", shutil.disk_usage(self.folder).free
             do = "give one with more room, or choose mode fast"

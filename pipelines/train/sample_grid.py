@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from ldm.conditioning import ClassConditioner, Conditioning, EmbeddingConditioner
 from ldm.sampling import MAX_STEPS, Trajectory, sample
+from ldm.schedulers import default_scheduler
 
 if TYPE_CHECKING:
     from ldm.checkpoint import CheckpointInfo
@@ -104,7 +105,7 @@ class GridSampler:
         schedule = self.state.config.noise_schedule
         return Trajectory(
             shape=self.state.info.latent_shape,
-            scheduler="flow_euler" if schedule.kind == "flow" else "ddim",
+            scheduler=default_scheduler(schedule.kind),
             scheduler_config=schedule.scheduler_config(),
             num_inference_steps=self.config.num_inference_steps,
             guidance=self.config.guidance if self.null else 1.0,

@@ -171,7 +171,7 @@ def test_what_is_refused(
     for name, shape in (("channels", (4, 8, 8)), ("empty", (3, 0, 8))):
         np.save(tmp_path / f"{name}.npy", np.zeros(shape))
         refused(
-            tmp_path, r"is not one of VAE .*; allowed: \(3, height, width\)", tmp_path / f"{name}.npy", stages
+            tmp_path, r"is not one of VAE .*; allowed: \(batch, 3, height", tmp_path / f"{name}.npy", stages
         )
 
 

@@ -171,6 +171,6 @@ def test_a_vae_that_cannot_be_tiled_is_refused() -> None:
         norm_num_groups=4,
     )
     with pytest.raises(
-        UserError, match=r"AttnUpDecoderBlock2D cannot be tiled; allowed: .*; use --mode whole"
+        UserError, match=r"AttnUpDecoderBlock2D cannot be tiled; allowed: .*; use --tiling.mode whole"
     ):
         decode_rows(Autoencoder(vae), torch.zeros(4, 8, 8), Tiling(mode="fast"))

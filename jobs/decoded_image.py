@@ -23,6 +23,7 @@ __all__ = ["write_decoded"]
 
 # Standard deviation of latents whitened by the VAE's config: 1 over many photographs.
 MIN_STD, MAX_STD = 0.3, 3.0
+ROWS_AT_A_TIME = 16
 
 
 def write_decoded(
@@ -98,4 +99,6 @@ def _pixels(rows: "Iterator[Rows]") -> "Iterator[NDArray[np.uint8]]":
     from ldm.image_tensors import from_model
 
     for band in rows:
-        yield from_model(band.values_rWC.permute(2, 0, 1)[None])[0]
+        # A few rows at a time: rounding makes several copies of what it is given.
+        for part_rWC in band.values_rWC.split(ROWS_AT_A_TIME):
+            yield from_model(part_rWC.permute(2, 0, 1)[None])[0]

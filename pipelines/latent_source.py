@@ -79,7 +79,7 @@ def _from_npy(path: Path) -> NDArray[np.float32]:
         raise UserError(f"{path} is an archive of arrays", allowed="a .npy array without pickle")
     if latent.ndim != 3 or latent.dtype.kind != "f":
         raise UserError(f"{path} holds {latent.dtype} {latent.shape}", allowed="floats of shape (C, h, w)")
-    as_fp32: NDArray[np.float32] = latent.astype(np.float32)
+    as_fp32: NDArray[np.float32] = latent.astype(np.float32, copy=False)
     return as_fp32
 
 

@@ -96,9 +96,11 @@ def _announce(autoencoder: "Autoencoder", latent_Chw: "Tensor", tiling: Tiling) 
 
 
 def _pixels(rows: "Iterator[Rows]") -> "Iterator[NDArray[np.uint8]]":
+    import torch
+
     from ldm.image_tensors import from_model
 
     for band in rows:
         # A few rows at a time: rounding makes several copies of what it is given.
-        for part_rWC in band.values_rWC.split(ROWS_AT_A_TIME):
+        for part_rWC in torch.split(band.values_rWC, ROWS_AT_A_TIME):
             yield from_model(part_rWC.permute(2, 0, 1)[None])[0]

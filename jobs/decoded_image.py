@@ -75,13 +75,23 @@ def _doubt_scale(autoencoder: "Autoencoder", latent_Chw: "Tensor") -> None:
 
     No more than a note, since an image of one colour has such latents too.
     """
-    std = float(autoencoder.whitening.normalise(latent_Chw[None]).std())
+    std = _whitened_std(autoencoder, latent_Chw)
     if not MIN_STD < std < MAX_STD:
         print(
             f"note: this latent varies {std:.2g} times as much as latents of VAE {autoencoder.name} usually; "
             "it should be in the VAE's own scale, not whitened",
             file=sys.stderr,
         )
+
+
+def _whitened_std(autoencoder: "Autoencoder", latent_Chw: "Tensor") -> float:
+    """Channel by channel: a copy of the latent would be among the largest things that a decode holds."""
+    import torch
+
+    scale_C = torch.tensor(autoencoder.whitening.scale_C)
+    variance_C, mean_C = torch.var_mean(latent_Chw, dim=(1, 2), correction=0)
+    white_C = (mean_C - torch.tensor(autoencoder.whitening.shift_C)) / scale_C
+    return float(((variance_C / scale_C**2).mean() + white_C.var(correction=0)) ** 0.5)
 
 
 def _announce(autoencoder: "Autoencoder", latent_Chw: "Tensor", tiling: Tiling) -> None:

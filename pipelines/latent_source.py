@@ -69,7 +69,8 @@ def _from_image(path: Path, autoencoder: Autoencoder, tiling: Tiling) -> Input:
 
 def _from_npy(path: Path) -> NDArray[np.float32]:
     try:
-        latent = np.load(path, allow_pickle=False)
+        # Mapped, not read: memory need not hold it.
+        latent = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"cannot read latent {path}: {error}", allowed="a .npy array without pickle"

@@ -76,7 +76,7 @@ class BandActor:
         storage = Storage(tiling.spill)
         storage.require(needed_bytes)
         self.plan = plan(self.autoencoder, latent_Chw.shape, tiling)
-        latent = BandedMap.whole(torch.from_numpy(np.array(latent_Chw)))
+        latent = BandedMap.whole(torch.from_numpy(np.array(latent_Chw)), storage)
         self.runner = BandRunner(self.plan.steps, self.plan.grid, latent, bands, storage)
 
     def copy_rows(self, span: Span) -> NDArray[Any]:

@@ -45,7 +45,7 @@ def whole_encode(autoencoder: Autoencoder, image_3HW: Tensor, tile: int = 0) -> 
 @torch.inference_mode()
 def exact_decode(autoencoder: Autoencoder, latent_Chw: Tensor, tile: int) -> Tensor:
     """As `whole_decode`, by `ldm.tiling`."""
-    steps, source = decoder_chain(autoencoder.vae), BandedMap.whole(latent_Chw)
+    steps, source = decoder_chain(autoencoder.vae), BandedMap.whole(latent_Chw, Storage())
     grid = grid_of(steps, source.size, source.size, tile)
     return _joined(exact.run(steps, grid, source, Storage()))
 
@@ -53,7 +53,7 @@ def exact_decode(autoencoder: Autoencoder, latent_Chw: Tensor, tile: int) -> Ten
 @torch.inference_mode()
 def exact_encode(autoencoder: Autoencoder, image_3HW: Tensor, tile: int) -> Tensor:
     """As `whole_encode`, by `ldm.tiling`."""
-    steps, source = encoder_chain(autoencoder.vae), BandedMap.whole(image_3HW)
+    steps, source = encoder_chain(autoencoder.vae), BandedMap.whole(image_3HW, Storage())
     latent_size = (source.size[0] // autoencoder.f, source.size[1] // autoencoder.f)
     return _joined(exact.run(steps, grid_of(steps, source.size, latent_size, tile), source, Storage()))
 

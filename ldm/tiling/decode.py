@@ -55,7 +55,19 @@ class Plan:
     def needed_bytes(self) -> int:
         """Bytes of host memory, or of the spill folder, that all maps take."""
         needed = exact.needed_bytes(self.steps, self.grid, self.grid.latent_size)
-        return max(needed, exact.needed_bytes(self.all_steps, self.small_grid, self.small_grid.latent_size))
+        small = exact.needed_bytes(self.all_steps, self.small_grid, self.small_grid.latent_size)
+        return max(needed + self._latent_and_bands_bytes, small)
+
+    @property
+    def _latent_and_bands_bytes(self) -> int:
+        """Of the latent, and of tiles' rows of the image: those that are computed, and those before them."""
+        (height, width), itemsize = self.grid.latent_size, exact.placement(self.all_steps)[1].itemsize
+        latent_bytes = self.all_steps[0].in_channels * height * width * itemsize
+        if not self.wide:
+            return latent_bytes
+        out_height, out_width = sizes(self.all_steps, self.grid.latent_size)[-1]
+        band_height = self.grid.band(0, out_height).size
+        return latent_bytes + 2 * band_height * out_width * self.wide[-1].out_channels * itemsize
 
     @property
     def all_steps(self) -> Sequence[Step]:
@@ -86,7 +98,8 @@ class Plan:
         for rows in neighbours:
             source.put(*rows)
         small = {index - len(self.steps): found for index, found in small.items()}
-        return map(_bounded, fast.sweep(self.wide, self.grid, source, small, runner.bands))
+        swept = fast.sweep(self.wide, self.grid, source, small, runner.bands, runner.storage)
+        return map(_bounded, swept)
 
     @property
     def stages(self) -> tuple[Sequence[Step], Sequence[Step]]:
@@ -109,8 +122,8 @@ def small_moments(planned: Plan, latent_Chw: Tensor) -> fast.MomentsByStep:
     """Moments for the wide steps, from the pooled latent; none where they have no norm."""
     if all(step.norm is None for step in planned.wide):
         return {}
-    small = BandedMap.whole(F.avg_pool2d(latent_Chw[None].float(), planned.pooling)[0])
-    return fast.small_moments(planned.all_steps, planned.small_grid, small)
+    pooled_Chw = F.avg_pool2d(latent_Chw[None].float(), planned.pooling)[0]
+    return fast.small_moments(planned.all_steps, planned.small_grid, BandedMap.whole(pooled_Chw, Storage()))
 
 
 @torch.inference_mode()
@@ -122,7 +135,7 @@ def _whole(autoencoder: Autoencoder, latent_Chw: Tensor) -> Iterator[Rows]:
 @torch.inference_mode()
 def _tiled(planned: Plan, latent_Chw: Tensor, storage: Storage) -> Iterator[Rows]:
     small = small_moments(planned, latent_Chw)
-    latent = BandedMap.whole(latent_Chw)
+    latent = BandedMap.whole(latent_Chw, storage)
     runner = BandRunner(planned.steps, planned.grid, latent, range(planned.grid.num_bands), storage)
     moments = exact.advance(planned.stages[0], runner)
     yield from planned.finish(runner, moments, small)

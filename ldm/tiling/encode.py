@@ -58,7 +58,7 @@ def _fast(
     storage.require(exact.needed_bytes(narrow, grid, latent_size))
     small = {} if all(step.norm is None for step in wide) else _small_moments(wide, source, f, tiling)
     found, moments = BandedMap(wide[-1].out_channels, latent_size), []
-    for rows in fast.sweep(wide, grid, source, small, range(grid.num_bands)):
+    for rows in fast.sweep(wide, grid, source, small, range(grid.num_bands), storage):
         found.put(*rows)
         moments.append(ChannelMoments.of(rows.values_rWC.permute(2, 0, 1)[None]))
     return exact.run(narrow, grid, found, storage, moments)
@@ -66,7 +66,7 @@ def _fast(
 
 def _small_moments(wide: Sequence[Step], source: ImageMap, f: int, tiling: Tiling) -> fast.MomentsByStep:
     factor = fast.pooling_factor(_latent_size(source, f), tiling.coarse)
-    small = BandedMap.whole(_pooled(source.image_HW3, factor, f))
+    small = BandedMap.whole(_pooled(source.image_HW3, factor, f), Storage())
     latent_size = (small.size[0] // f, small.size[1] // f)
     return fast.small_moments(wide, grid_of(wide, small.size, latent_size, tiling.tile), small)
 

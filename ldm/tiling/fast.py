@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.tiling.chain import Affine, ConvStep, Step, sizes
 from ldm.tiling.exact import BandRunner, Rows, advance, needed_rect, placement
 from ldm.tiling.grid import Grid
-from ldm.tiling.maps import Map, Storage
+from ldm.tiling.maps import Map, Storage, give_back_freed
 from ldm.tiling.spans import Rect
 from ldm.tiling.statistics import ChannelMoments, affine_of
 
@@ -25,7 +25,12 @@ MomentsByStep: TypeAlias = dict[int, ChannelMoments]
 
 
 def sweep(
-    steps: Sequence[Step], grid: Grid, source: Map, small: MomentsByStep, bands: range
+    steps: Sequence[Step],
+    grid: Grid,
+    source: Map,
+    small: MomentsByStep,
+    bands: range,
+    storage: Storage,
 ) -> Iterator[Rows]:
     """Those bands of the output of ``steps``, from the top, in tiles as high as they are wide.
 
@@ -37,12 +42,13 @@ def sweep(
     height, width = found[-1]
     for band in bands:
         rows = grid.band(band, height)
-        values_rWC = torch.empty((rows.size, width, steps[-1].out_channels), dtype=dtype)
+        values_rWC = storage.empty((rows.size, width, steps[-1].out_channels), dtype)
         for columns in grid.columns(width):
             rects = inputs_of(steps, found, Rect(rows, columns))
             x = source.read(rects[0], device, dtype)
             y = run_tile(steps, found, affines, x, rects)
             values_rWC[:, columns.start : columns.stop] = y[0].permute(1, 2, 0)
+        give_back_freed()
         yield Rows(rows, values_rWC)
 
 
@@ -50,6 +56,7 @@ def small_moments(steps: Sequence[Step], grid: Grid, source: Map) -> MomentsBySt
     """Moments of the input of every step with a norm for a ``source`` that is small."""
     seen: MomentsByStep = {}
     advance(steps, BandRunner(steps, grid, source, range(grid.num_bands), Storage()), seen=seen)
+    give_back_freed()
     return seen
 
 

@@ -1,5 +1,6 @@
 """Maps that are larger than a device: bands of rows in host memory, or in files that are mapped into it."""
 
+import ctypes
 import errno
 import mmap
 import os
@@ -17,7 +18,7 @@ from ldm.errors import UserError
 from ldm.image_tensors import to_model
 from ldm.tiling.spans import Rect, Span
 
-__all__ = ["BandedMap", "ImageMap", "Map", "Storage", "gigabytes"]
+__all__ = ["BandedMap", "ImageMap", "Map", "Storage", "gigabytes", "give_back_freed"]
 
 
 class Map(Protocol):
@@ -89,11 +90,12 @@ class BandedMap:
         self._bands: dict[Span, Tensor] = {}
 
     @classmethod
-    def whole(cls, x_CHW: Tensor) -> "BandedMap":
-        """Of a tensor, in one band."""
+    def whole(cls, x_CHW: Tensor, storage: Storage) -> "BandedMap":
+        """A copy of a tensor, in one band."""
         channels, height, width = x_CHW.shape
         made = cls(channels, (height, width))
-        made.put(Span(0, height), x_CHW.permute(1, 2, 0).contiguous())
+        made.new_band(Span(0, height), storage, x_CHW.dtype)
+        made.write(Rect(Span(0, height), Span(0, width)), x_CHW[None])
         return made
 
     def new_band(self, rows: Span, storage: Storage, dtype: torch.dtype) -> None:
@@ -154,6 +156,13 @@ class ImageMap:
 
     def drop_before(self, row: int) -> None:
         """The image is the caller's."""
+
+
+def give_back_freed() -> None:
+    """Let glibc return to the system what was freed: it keeps some hundred MB of a convolution's buffers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def gigabytes(num_bytes: int) -> str:

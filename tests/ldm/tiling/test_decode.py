@@ -32,7 +32,7 @@ def tiled(autoencoder: Autoencoder, latent_Chw: torch.Tensor, tile: int) -> torc
     """`ldm.tiling.decode` in mode exact, in the VAE's precision and without the bounds of an image."""
     planned = plan(autoencoder, latent_Chw.shape, Tiling(mode="exact", tile=tile))
     with torch.inference_mode():
-        rows = exact.run(planned.steps, planned.grid, BandedMap.whole(latent_Chw), Storage())
+        rows = exact.run(planned.steps, planned.grid, BandedMap.whole(latent_Chw, Storage()), Storage())
         return torch.cat([band.values_rWC for band in rows]).permute(2, 0, 1)
 
 

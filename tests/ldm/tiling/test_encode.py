@@ -27,7 +27,7 @@ def tiled(autoencoder: Autoencoder, x_3HW: torch.Tensor, tile: int) -> torch.Ten
     size = (x_3HW.shape[1], x_3HW.shape[2])
     grid = grid_of(steps, size, (size[0] // autoencoder.f, size[1] // autoencoder.f), tile)
     with torch.inference_mode():
-        rows = exact.run(steps, grid, BandedMap.whole(x_3HW), Storage())
+        rows = exact.run(steps, grid, BandedMap.whole(x_3HW, Storage()), Storage())
         return torch.cat([band.values_rWC for band in rows]).permute(2, 0, 1)
 
 

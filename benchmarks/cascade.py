@@ -42,7 +42,7 @@ from pipelines.shards import Sample, write_tar
 SIZE_PX, LOW_SIZE_PX, FULL_SIZE_PX = 256, 64, 1024
 # A crop of stage 1 shows the short side or down to 1/1.5 of it, one of stage 2 a quarter of that.
 ZOOMS = {"stage1": (1.0, 1.5), "stage2": (4.0, 6.0)}
-STEPS = {"stage1": 6000, "stage2": 3000}
+STEPS = {"stage1": 3000, "stage2": 3000}
 CROPS_PER_PHOTO = 40
 # As preset tiny, wider, with attention in the middle only. With few channels, many groups of GroupNorm would
 # each lose their mean, and a latent its brightness.
@@ -62,7 +62,7 @@ LAYOUT = {
 TRAIN = {
     "data.size_px": SIZE_PX,
     "data.low_size_px": LOW_SIZE_PX,
-    "max_noise_level": 100,
+    "max_noise_level": 50,
     # Min-SNR weighs errors at the noisiest steps, where colours are decided, 10 to 200 times less.
     "min_snr_gamma": "null",
     "batch_size": 8,

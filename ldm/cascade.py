@@ -1,7 +1,8 @@
 """One stage of a cascade: an upsampler denoises a latent several times as large, in overlapping windows.
 
 The low-resolution latent is noised at a level that the U-Net is told, and stands beside the noisy one (Ho et
-al. 2021, section 4.2; `ldm.upsampling`). All noise is drawn over the whole canvas, so nothing but the
+al. 2021, section 4.2). What is denoised is the difference to the enlarged low-resolution latent, without that
+noise (`ldm.upsampling`). All noise is drawn over the whole canvas, so nothing but the
 predictions depends on the windows, and those are averaged before every step (`ldm.windows`).
 
 Shape suffixes: N windows of a U-Net call, C channels, H and W the canvas, h and w a window or the small
@@ -27,7 +28,7 @@ from ldm.objective import NoiseSchedule, kind_of
 from ldm.sampling import MAX_SEED, Trajectory
 from ldm.schedulers import default_scheduler
 from ldm.seeds import keyed_seed
-from ldm.upsampling import upsampler_input
+from ldm.upsampling import enlarged, upsampler_input
 from ldm.windows import Corner, WindowGrid, WindowMean
 
 __all__ = ["Denoise", "Sampling", "Upsampler", "Upsampling", "WindowBatch", "WindowDenoiser"]
@@ -64,6 +65,8 @@ class Upsampler:
                 f"{folder} is no upsampler",
                 do="give a checkpoint that was trained with --train.data.low-size-px",
             )
+        if info.residual_scale is None:
+            raise UserError(f"upsampler {folder} is of an earlier version", do="train it again")
         model = unet.load(folder)
         return cls(folder, info, scheduler_config, unet.size_multiple(model), unet.fingerprint(model))
 
@@ -114,10 +117,11 @@ class Upsampling:
         """
         self.upsampler, self.sampling, self.stage = upsampler, sampling, stage
         self.size_HW = low_Chw.shape[1] * upsampler.factor, low_Chw.shape[2] * upsampler.factor
-        padded_1Chw = _padded(low_Chw[None], upsampler)
-        self.low_1Chw = upsampler.info.whitening.normalise(padded_1Chw)
+        self.padded_1Chw = _padded(low_Chw[None], upsampler)
+        self.low_1Chw = upsampler.info.whitening.normalise(self.padded_1Chw)
         self.low_noise_1Chw = keyed_normal([self._key("augmentation")], self.low_1Chw.shape[1:])
-        canvas_HW = (padded_1Chw.shape[2] * upsampler.factor, padded_1Chw.shape[3] * upsampler.factor)
+        height, width = self.padded_1Chw.shape[2:]
+        canvas_HW = (height * upsampler.factor, width * upsampler.factor)
         self.trajectory = Trajectory(
             shape=(low_Chw.shape[0], *canvas_HW),
             scheduler=sampling.scheduler,
@@ -187,7 +191,9 @@ class Upsampling:
 
     def _of_vae(self, x_CHW: Tensor) -> Tensor:
         height, width = self.size_HW
-        return self.upsampler.info.whitening.denormalise(x_CHW[None])[0, :, :height, :width].contiguous()
+        residual_1CHW = self.upsampler.info.residual_whitening.denormalise(x_CHW[None])
+        whole_1CHW = residual_1CHW + enlarged(self.padded_1Chw, x_CHW.shape[1:])
+        return whole_1CHW[0, :, :height, :width].contiguous()
 
     def _key(self, purpose: str) -> int:
         return keyed_seed("cascade", self.sampling.seed, self.stage, purpose)

@@ -36,8 +36,8 @@ class CheckpointInfo(BaseModel):
     embeddings that the U-Net attends to, whose null is one token of zeros; ``text_*``: their encoder,
     None where they were made beforehand. init_fingerprint: `ldm.unet.fingerprint` of the U-Net that
     training began with, None where that was random. Of an upsampler only (`ldm.upsampling`):
-    upsampling_factor, rows of its latents to those of the low-resolution ones, and the max_noise_level that
-    it was trained with.
+    upsampling_factor, rows of its latents to those of the low-resolution ones; the max_noise_level that it
+    was trained with; and residual_shift and residual_scale, the whitening of what it makes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,10 +56,18 @@ class CheckpointInfo(BaseModel):
     init_fingerprint: str | None = None
     upsampling_factor: int | None = None
     max_noise_level: int | None = None
+    residual_shift: tuple[float, ...] | None = None
+    residual_scale: tuple[float, ...] | None = None
 
     @property
     def whitening(self) -> Whitening:
         return Whitening(self.shift, self.scale)
+
+    @property
+    def residual_whitening(self) -> Whitening:
+        """Of an upsampler only."""
+        assert self.residual_shift is not None and self.residual_scale is not None
+        return Whitening(self.residual_shift, self.residual_scale)
 
 
 def save(

@@ -1,5 +1,9 @@
 """What the U-Net of an upsampler is given: the noisy latent, and beside it a small one of the same image.
 
+What is diffused is the residual: the large latent less the small one enlarged, whitened by its own statistics
+(Li et al. 2021, "SRDiff", section 3.3). A latent's large scales, which the small one has already, would else
+drown in the errors of a U-Net that has to make them again: the residual has a third to a half of its deviation.
+
 The small latent gets noise too (conditioning augmentation: Ho et al. 2021, "Cascaded Diffusion Models",
 section 4.2). In training that hides the details which a sampled small latent has wrong, so the U-Net learns
 to make them itself; the level of the noise, which it is told, is then free to choose when sampling.
@@ -7,13 +11,15 @@ to make them itself; the level of the noise, which it is told, is then free to c
 Shape suffixes: B images, C latent channels, H and W rows and columns, h and w those of the small latent.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.objective import NoiseSchedule
 
-__all__ = ["MAX_NOISE_LEVEL", "NUM_NOISE_LEVELS", "noise_levels", "upsampler_input"]
+__all__ = ["MAX_NOISE_LEVEL", "NUM_NOISE_LEVELS", "enlarged", "noise_levels", "upsampler_input"]
 
 # The forward process that augments, whatever the U-Net itself was trained with, a flow included: so a level
 # means the same in every checkpoint. diffusers' pipeline calls it the low_res_scheduler.
@@ -21,6 +27,11 @@ AUGMENTATION = NoiseSchedule(prediction="epsilon")
 NUM_NOISE_LEVELS = AUGMENTATION.num_train_timesteps
 # The default of diffusers' StableDiffusionUpscalePipeline.
 MAX_NOISE_LEVEL = 350
+
+
+def enlarged(low_BChw: Tensor, size_HW: Sequence[int]) -> Tensor:
+    """Bicubic, (B, C, H, W): what the residual is added to. Linear in ``low_BChw``, and in any scale."""
+    return F.interpolate(low_BChw, size=tuple(size_HW), mode="bicubic")
 
 
 def noise_levels(u_B: Tensor, max_noise_level: int) -> Tensor:

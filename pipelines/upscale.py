@@ -32,6 +32,7 @@ __all__ = ["Upscaling", "Watch", "check", "open_run", "upscale"]
 # Called after every step that was taken: stage, from 1 on; steps taken; steps in all.
 Watch = Callable[[int, int, int], None]
 Preview = Callable[[Tensor], NDArray[np.uint8]]
+SCALES = {"shift", "scale", "residual_shift", "residual_scale"}
 
 
 class Upscaling(BaseModel, frozen=True, extra="forbid"):
@@ -199,7 +200,7 @@ def _record(
         **config.model_dump(include=choices),
         "input": f"{low_Chw.shape} {hashlib.sha256(low_Chw.tobytes()).hexdigest()}",
         "stages": [upsampler.fingerprint for upsampler in upsamplers],
-        "scales": [upsampler.info.model_dump(include={"shift", "scale"}) for upsampler in upsamplers],
+        "scales": [upsampler.info.model_dump(include=SCALES) for upsampler in upsamplers],
         "samplers": [upsampler.scheduler_config for upsampler in upsamplers],
         "threads": threads,
     }

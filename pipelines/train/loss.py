@@ -11,7 +11,7 @@ from ldm import unet
 from ldm.checkpoint import CheckpointInfo
 from ldm.conditioning import ClassConditioner, Conditioning, EmbeddingConditioner, drop
 from ldm.objective import diffusion_loss, min_snr_weight
-from ldm.upsampling import noise_levels, upsampler_input
+from ldm.upsampling import enlarged, noise_levels, upsampler_input
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentBatch
 from pipelines.train.pairs import LowLatents
@@ -24,7 +24,7 @@ def loss_of(
 ) -> Tensor:
     """Loss of every row, float32 (B,) (Ho et al. 2020, algorithm 1)."""
     schedule = config.noise_schedule
-    x0 = info.whitening.normalise(batch.z_BChw.to(device))
+    x0 = _clean(batch, info, device)
     noise, t_B = batch.noise_BChw.to(device), schedule.timesteps(batch.u_B).to(device)
     x_t, conditioning = schedule.add_noise(x0, noise, t_B), conditioning_of(batch, info).to(device)
     if batch.low is not None:
@@ -33,6 +33,15 @@ def loss_of(
         prediction = unet.predict(model, x_t, t_B, conditioning)
     weight_B = min_snr_weight(schedule, t_B, config.min_snr_gamma) if config.min_snr_gamma else None
     return diffusion_loss(prediction, schedule.target(x0, noise, t_B), weight_B)
+
+
+def _clean(batch: LatentBatch, info: CheckpointInfo, device: torch.device) -> Tensor:
+    """What is diffused: the latents, or of an upsampler the residual."""
+    z_BChw = batch.z_BChw.to(device)
+    if batch.low is None:
+        return info.whitening.normalise(z_BChw)
+    residual = z_BChw - enlarged(batch.low.z_BChw.to(device), z_BChw.shape[2:])
+    return info.residual_whitening.normalise(residual)
 
 
 def _with_low(

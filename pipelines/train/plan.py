@@ -11,6 +11,7 @@ from pipelines.dataset import LatentDataset
 from pipelines.text_table import read_width
 from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentLoader
+from pipelines.train.residual import residual_stats
 from pipelines.train.wandb_run import check_wandb
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
     else:
         whitening = vae_model.whitening
     text, factor = header.text, loader.upsampling_factor
+    residual = Whitening.from_stats(residual_stats(loader)) if factor else None
     info = CheckpointInfo(
         step=0,
         init_fingerprint=unet.fingerprint(unet.load(config.init)) if config.init else None,
@@ -56,6 +58,8 @@ def plan(dataset: LatentDataset, config: UnetTraining, vae: str | None) -> Check
         embedding_width=(text.width or _stored_width(dataset, loader)) if text else None,
         upsampling_factor=factor,
         max_noise_level=config.max_noise_level if factor else None,
+        residual_shift=residual.shift_C if residual else None,
+        residual_scale=residual.scale_C if residual else None,
     )
     _check_shapes(build_unet(config, info), config, loader)
     return info

@@ -51,6 +51,8 @@ def save_upsampler(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
                 class_names=None,
                 upsampling_factor=2,
                 max_noise_level=100,
+                residual_shift=(0.0, 0.0, 0.0),
+                residual_scale=(0.5, 1.0, 0.25),
             ),
         )
         return folder

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm import unet
 from ldm.cascade import Denoise, Sampling, Upsampler, Upsampling, WindowBatch, WindowDenoiser
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 SHIFT, SCALE = (0.5, -0.5, 0.0), (1.0, 2.0, 0.5)
+RESIDUAL_SHIFT, RESIDUAL_SCALE = (0.125, 0.0, -0.25), (0.5, 1.0, 0.25)
 SCHEDULERS = ("ddim", "ddpm", "dpmpp", "euler", "flow_euler")
 LOW = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32))
 
@@ -33,6 +35,7 @@ def upsampler(
     info = CheckpointInfo(
         step=1, latent_shape=(3, size, size), shift=SHIFT, scale=SCALE, vae="f8", vae_fingerprint="0",
         class_names=None, upsampling_factor=2, max_noise_level=100, embedding_width=embedding_width,
+        residual_shift=RESIDUAL_SHIFT, residual_scale=RESIDUAL_SCALE,
     )  # fmt: skip
     config = NoiseSchedule(prediction=prediction).scheduler_config()  # type: ignore[arg-type]
     return Upsampler(Path("upsampler"), info, config, size_multiple, "0")
@@ -92,6 +95,8 @@ def test_one_window_is_a_plain_loop_of_diffusers(tiny: nn.Module) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     ).add_noise((low[None] - shift) / scale, upsampling.low_noise_1Chw, level)  # fmt: skip
     repeated = augmented.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    base = F.interpolate(low[None], scale_factor=2, mode="bicubic")
+    add, times = (torch.tensor(value).view(1, 3, 1, 1) for value in (RESIDUAL_SHIFT, RESIDUAL_SCALE))
     scheduler = DDIMScheduler.from_config({**made.scheduler_config, "clip_sample": False})
     scheduler.set_timesteps(4)
     denoise = local(tiny, made)
@@ -104,9 +109,9 @@ def test_one_window_is_a_plain_loop_of_diffusers(tiny: nn.Module) -> None:
             )  # fmt: skip
         stepped = scheduler.step(prediction, t, latent)
         latent = stepped.prev_sample
-        clean = (stepped.pred_original_sample * scale + shift)[0]
+        clean = (stepped.pred_original_sample * times + add + base)[0]
         torch.testing.assert_close(upsampling.preview_CHW, clean, rtol=1e-5, atol=1e-5)
-    assert torch.equal(upsampling.latent_CHW, (latent * scale + shift)[0])
+    assert torch.equal(upsampling.latent_CHW, (latent * times + add + base)[0])
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

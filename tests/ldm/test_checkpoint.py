@@ -74,7 +74,7 @@ def test_a_checkpoint_without_classes_is_read(stated: Path) -> None:
 
 
 def test_a_checkpoint_from_before_upsamplers_is_none(stated: Path) -> None:
-    later = {"upsampling_factor", "max_noise_level"}
+    later = {"upsampling_factor", "max_noise_level", "residual_shift", "residual_scale"}
     (stated / INFO_FILE).write_text(INFO.model_dump_json(exclude=later))
     assert checkpoint.read_info(stated).upsampling_factor is None
 

@@ -32,6 +32,7 @@ def stage(prediction: str) -> Upsampler:
     info = CheckpointInfo(
         step=1, latent_shape=(3, 8, 8), shift=(0.5, -0.5, 0.0), scale=(1.0, 2.0, 0.5), vae="f8",
         vae_fingerprint="0", class_names=None, upsampling_factor=2, max_noise_level=100,
+        residual_shift=(0.0, 0.0, 0.0), residual_scale=(0.5, 1.0, 0.25),
     )  # fmt: skip
     schedule = NoiseSchedule(prediction=prediction)  # type: ignore[arg-type]
     return Upsampler(Path("none"), info, schedule.scheduler_config(), 1, "0")

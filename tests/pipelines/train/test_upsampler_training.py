@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm import checkpoint, unet
 from ldm.checkpoint import CheckpointInfo
@@ -61,7 +62,10 @@ def loss_by_diffusers(
     assert batch.low is not None
     level = torch.tensor([int(u * (config.max_noise_level + 1)) for u in batch.low.u_B.tolist()])
     low = scheduler.add_noise((batch.low.z_BChw - shift) / scale, batch.low.noise_BChw, level)
-    x0, noise = (batch.z_BChw - shift) / scale, batch.noise_BChw
+    residual = batch.z_BChw - F.interpolate(batch.low.z_BChw, scale_factor=2, mode="bicubic")
+    assert info.residual_shift is not None and info.residual_scale is not None
+    take, by = (torch.tensor(value).view(1, 3, 1, 1) for value in (info.residual_shift, info.residual_scale))
+    x0, noise = (residual - take) / by, batch.noise_BChw
     if config.prediction == "flow":
         t = 1000 * batch.u_B
         sigma = batch.u_B.view(-1, 1, 1, 1)
@@ -153,6 +157,19 @@ def test_plan_says_what_a_sampler_needs(dataset: LatentDataset) -> None:
     assert (layout["in_channels"], layout["out_channels"], layout["num_class_embeds"]) == (6, 3, 1000)
     plain = plan(dataset, training(data=DATA | {"low_size_px": None}), None)
     assert (plain.upsampling_factor, plain.max_noise_level, plain.class_names) == (None, None, ("cat", "dog"))
+    assert (plain.residual_shift, plain.residual_scale) == (None, None)
+
+
+def test_the_residual_is_whitened_by_its_own_statistics(dataset: LatentDataset, info: CheckpointInfo) -> None:
+    """Over all rows, which are no more than those that the statistics are taken from."""
+    batches = islice(open_loader(dataset, training()).batches(rank=0, world=1), 37)
+    residuals = torch.cat([
+        batch.z_BChw - F.interpolate(batch.low.z_BChw, scale_factor=2, mode="bicubic")
+        for batch in batches if batch.low is not None
+    ])  # fmt: skip
+    white = info.residual_whitening.normalise(residuals)
+    torch.testing.assert_close(white.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=0.02)
+    torch.testing.assert_close(white.std((0, 2, 3)), torch.ones(3), rtol=0.02, atol=0)
 
 
 def test_init_must_be_an_upsampler(dataset: LatentDataset, info: CheckpointInfo, tmp_path: Path) -> None:

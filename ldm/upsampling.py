@@ -2,7 +2,8 @@
 
 What is diffused is the residual: the large latent less the small one enlarged, whitened by its own statistics
 (Li et al. 2021, "SRDiff", section 3.3). A latent's large scales, which the small one has already, would else
-drown in the errors of a U-Net that has to make them again: the residual has a third to a half of its deviation.
+drown in the errors of a U-Net that has to make them again: the residual has a third to a half of its
+deviation.
 
 The small latent gets noise too (conditioning augmentation: Ho et al. 2021, "Cascaded Diffusion Models",
 section 4.2). In training that hides the details which a sampled small latent has wrong, so the U-Net learns

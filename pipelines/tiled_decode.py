@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ldm import autoencoder
 from ldm.errors import UserError
-from ldm.tiling import exact
-from ldm.tiling.chain import sizes
+from ldm.tiling import exact, fast
+from ldm.tiling.chain import Step, sizes
 from ldm.tiling.config import Tiling
-from ldm.tiling.decode import Plan, plan, small_moments
+from ldm.tiling.decode import Plan, plan, pooled, small_runner
 from ldm.tiling.exact import BandRunner, Rows
 from ldm.tiling.fast import MomentsByStep
+from ldm.tiling.grid import Grid
 from ldm.tiling.maps import BandedMap, Storage
 from ldm.tiling.spans import Span
 from ldm.tiling.statistics import ChannelMoments
@@ -56,11 +57,16 @@ class SharedDecoder:
             )
         self.autoencoder.check_latents(latent_Chw[None])
         planned = plan(self.autoencoder, latent_Chw.shape, tiling)
-        crew = ActorCrew(self.actors[: planned.grid.num_bands], planned)
-        crew.start(latent_Chw, tiling)
-        with torch.inference_mode():
-            small = small_moments(planned, latent_Chw)
-        return crew.finish(exact.advance(planned.stages[0], crew), small)
+        small = self._small_moments(planned, latent_Chw, tiling) if planned.needs_small else {}
+        crew = ActorCrew(self.actors, planned.all_steps, planned.grid)
+        crew.start(latent_Chw, tiling, planned.needed_bytes)
+        first, _ = planned.stages
+        return crew.finish(exact.advance(first, crew), small, len(first))
+
+    def _small_moments(self, planned: Plan, latent_Chw: Tensor, tiling: Tiling) -> MomentsByStep:
+        crew = ActorCrew(self.actors, planned.all_steps, planned.small_grid)
+        crew.start_small(pooled(planned, latent_Chw), latent_Chw.shape, tiling)
+        return fast.small_moments(planned.all_steps, crew)
 
 
 @ray.remote
@@ -71,6 +77,13 @@ class BandActor:
         if threads:
             torch.set_num_threads(threads)
         self.autoencoder = autoencoder.load(vae).to(pick_device())
+
+    def start_small(
+        self, pooled_Chw: NDArray[Any], shape_Chw: Sequence[int], tiling: Tiling, bands: range
+    ) -> None:
+        # Pooled from a latent of shape_Chw.
+        planned = plan(self.autoencoder, shape_Chw, tiling)
+        self.runner = small_runner(planned, torch.from_numpy(np.array(pooled_Chw)), bands)
 
     def start(self, latent_Chw: NDArray[Any], tiling: Tiling, bands: range, needed_bytes: int) -> None:
         storage = Storage(tiling.spill)
@@ -110,20 +123,30 @@ class BandActor:
 class ActorCrew:
     """All actors, as one `ldm.tiling.exact.Crew`."""
 
-    def __init__(self, actors: Sequence[Any], planned: Plan) -> None:
-        self.actors, self.plan = actors, planned
-        edges = [planned.grid.num_bands * i // len(actors) for i in range(len(actors) + 1)]
+    def __init__(self, actors: Sequence[Any], steps: Sequence[Step], grid: Grid) -> None:
+        # No more than there are bands.
+        self.actors, self.steps, self.grid = actors[: grid.num_bands], steps, grid
+        edges = [grid.num_bands * i // len(self.actors) for i in range(len(self.actors) + 1)]
         self.bands = [range(*pair) for pair in pairwise(edges)]
-        self.sizes = sizes(planned.all_steps, planned.grid.latent_size)
+        self.sizes = sizes(steps, grid.latent_size)
 
-    def start(self, latent_Chw: Tensor, tiling: Tiling) -> None:
-        latent = ray.put(latent_Chw.numpy())
-        needed_bytes = self.plan.needed_bytes // len(self.actors)
-        started = [
-            actor.start.remote(latent, tiling, bands, needed_bytes)
-            for actor, bands in zip(self.actors, self.bands, strict=True)
-        ]
-        ray.get(started)
+    def start(self, latent_Chw: Tensor, tiling: Tiling, needed_bytes: int) -> None:
+        latent, share_bytes = ray.put(latent_Chw.numpy()), needed_bytes // len(self.actors)
+        ray.get(
+            [
+                actor.start.remote(latent, tiling, bands, share_bytes)
+                for actor, bands in zip(self.actors, self.bands, strict=True)
+            ]
+        )
+
+    def start_small(self, pooled_Chw: Tensor, shape_Chw: Sequence[int], tiling: Tiling) -> None:
+        latent = ray.put(pooled_Chw.numpy())
+        ray.get(
+            [
+                actor.start_small.remote(latent, tuple(shape_Chw), tiling, bands)
+                for actor, bands in zip(self.actors, self.bands, strict=True)
+            ]
+        )
 
     def sweep(self, index: int, moments: ChannelMoments | None) -> list[ChannelMoments]:
         edges = self._edges(index, index + 1)
@@ -137,8 +160,8 @@ class ActorCrew:
         parts = [actor.attend.remote(index, moments, *keys_and_values) for actor in self.actors]
         return [tile for part in ray.get(parts) for tile in part]
 
-    def finish(self, moments: ChannelMoments | None, small: MomentsByStep) -> Iterator[Rows]:
-        edges = self._edges(len(self.plan.stages[0]), len(self.sizes) - 1)
+    def finish(self, moments: ChannelMoments | None, small: MomentsByStep, done: int) -> Iterator[Rows]:
+        edges = self._edges(done, len(self.steps))
         # No bound on what is ahead: whoever has the lower bands would wait for those above to be taken.
         streams = [
             actor.finish.options(num_returns="streaming").remote(moments, small, *edge)
@@ -156,12 +179,12 @@ class ActorCrew:
         """
         if start == 0:
             return [((),) for _ in self.actors]  # everyone has the latent
-        steps = self.plan.all_steps[start:stop]
+        steps = self.steps[start:stop]
         found = self.sizes[start : stop + 1]
-        own = [self.plan.grid.rows(bands, found[0][0]) for bands in self.bands]
+        own = [self.grid.rows(bands, found[0][0]) for bands in self.bands]
         edges = []
         for index, bands in enumerate(self.bands):
-            need = exact.needed_rows(steps, self.plan.grid, bands, found)
+            need = exact.needed_rows(steps, self.grid, bands, found)
             others = [
                 (i, part) for i, rows in enumerate(own) if i != index and (part := need.common(rows)).size > 0
             ]

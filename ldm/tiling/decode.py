@@ -13,11 +13,11 @@ from ldm.tiling.chain import Step, decoder_chain, sizes
 from ldm.tiling.config import Tiling
 from ldm.tiling.exact import BandRunner, Rows
 from ldm.tiling.grid import Grid, grid_of
-from ldm.tiling.maps import BandedMap, Storage
+from ldm.tiling.maps import BandedMap, Storage, give_back_freed
 from ldm.tiling.spans import Span
 from ldm.tiling.statistics import ChannelMoments
 
-__all__ = ["Plan", "decode", "decode_rows", "plan", "small_moments"]
+__all__ = ["Plan", "decode", "decode_rows", "plan", "pooled", "small_runner"]
 
 
 def decode(autoencoder: Autoencoder, latent_Chw: Tensor, tiling: Tiling) -> Tensor:
@@ -74,6 +74,11 @@ class Plan:
         return [*self.steps, *self.wide]
 
     @property
+    def needs_small(self) -> bool:
+        """Whether a wide step has a norm, whose statistics come from the pooled latent."""
+        return any(step.norm is not None for step in self.wide)
+
+    @property
     def small_grid(self) -> Grid:
         """Of the pooled latent that the statistics of wide steps are taken from."""
         height, width = (side // self.pooling for side in self.grid.latent_size)
@@ -88,8 +93,8 @@ class Plan:
     ) -> Iterator[Rows]:
         """The runner's bands of the image, after all but the last of `stages`.
 
-        moments: of the map that it begins with; small: `small_moments`; neighbours: as for
-        `BandRunner.sweep`.
+        moments: of the map that it begins with; small: `fast.small_moments`, where `needs_small`;
+        neighbours: as for `BandRunner.sweep`.
         """
         if not self.wide:
             return map(_bounded, runner.last_sweep(moments, neighbours))
@@ -118,12 +123,16 @@ def plan(autoencoder: Autoencoder, shape_Chw: Sequence[int], tiling: Tiling) -> 
     return Plan(steps[:num_exact], steps[num_exact:], grid, pooling)
 
 
-def small_moments(planned: Plan, latent_Chw: Tensor) -> fast.MomentsByStep:
-    """Moments for the wide steps, from the pooled latent; none where they have no norm."""
-    if all(step.norm is None for step in planned.wide):
-        return {}
-    pooled_Chw = F.avg_pool2d(latent_Chw[None].float(), planned.pooling)[0]
-    return fast.small_moments(planned.all_steps, planned.small_grid, BandedMap.whole(pooled_Chw, Storage()))
+def pooled(planned: Plan, latent_Chw: Tensor) -> Tensor:
+    """The small latent (C, h', w'), of `Plan.small_grid`'s size."""
+    return F.avg_pool2d(latent_Chw[None].float(), planned.pooling)[0]
+
+
+def small_runner(planned: Plan, pooled_Chw: Tensor, bands: range) -> BandRunner:
+    """Computes those bands of every map of the `pooled` latent. Its maps are in memory."""
+    storage = Storage()
+    latent = BandedMap.whole(pooled_Chw, storage)
+    return BandRunner(planned.all_steps, planned.small_grid, latent, bands, storage)
 
 
 @torch.inference_mode()
@@ -132,9 +141,16 @@ def _whole(autoencoder: Autoencoder, latent_Chw: Tensor) -> Iterator[Rows]:
     yield Rows(Span(0, image_3HW.shape[1]), image_3HW.permute(1, 2, 0))
 
 
+def _small_moments(planned: Plan, latent_Chw: Tensor) -> fast.MomentsByStep:
+    runner = small_runner(planned, pooled(planned, latent_Chw), range(planned.small_grid.num_bands))
+    found = fast.small_moments(planned.all_steps, runner)
+    give_back_freed()
+    return found
+
+
 @torch.inference_mode()
 def _tiled(planned: Plan, latent_Chw: Tensor, storage: Storage) -> Iterator[Rows]:
-    small = small_moments(planned, latent_Chw)
+    small = _small_moments(planned, latent_Chw) if planned.needs_small else {}
     latent = BandedMap.whole(latent_Chw, storage)
     runner = BandRunner(planned.steps, planned.grid, latent, range(planned.grid.num_bands), storage)
     moments = exact.advance(planned.stages[0], runner)

@@ -14,7 +14,7 @@ from ldm.latents import Moments
 from ldm.tiling import exact, fast
 from ldm.tiling.chain import Step, encoder_chain, sizes
 from ldm.tiling.config import Tiling
-from ldm.tiling.exact import Rows
+from ldm.tiling.exact import BandRunner, Rows
 from ldm.tiling.grid import grid_of
 from ldm.tiling.maps import BandedMap, ImageMap, Storage
 from ldm.tiling.statistics import ChannelMoments
@@ -68,7 +68,8 @@ def _small_moments(wide: Sequence[Step], source: ImageMap, f: int, tiling: Tilin
     factor = fast.pooling_factor(_latent_size(source, f), tiling.coarse)
     small = BandedMap.whole(_pooled(source.image_HW3, factor, f), Storage())
     latent_size = (small.size[0] // f, small.size[1] // f)
-    return fast.small_moments(wide, grid_of(wide, small.size, latent_size, tiling.tile), small)
+    grid = grid_of(wide, small.size, latent_size, tiling.tile)
+    return fast.small_moments(wide, BandRunner(wide, grid, small, range(grid.num_bands), Storage()))
 
 
 def _pooled(image_HW3: NDArray[np.uint8], factor: int, f: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.tiling.chain import Affine, AttentionStep, ConvStep, Step, sizes
 from ldm.tiling.grid import Grid
-from ldm.tiling.maps import BandedMap, Map, Storage, give_back_freed
+from ldm.tiling.maps import BandedMap, Map, Storage
 from ldm.tiling.spans import Rect, Span
 from ldm.tiling.statistics import ChannelMoments, affine_of
 
@@ -95,7 +95,6 @@ class BandRunner:
         target = self._target(index)
         found = [tile for band in self._bands_of(index, moments, neighbours, target) for tile in band]
         self.current = target
-        give_back_freed()
         return found
 
     def last_sweep(self, moments: ChannelMoments | None, neighbours: Sequence[Rows] = ()) -> Iterator[Rows]:

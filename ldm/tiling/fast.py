@@ -9,11 +9,10 @@ is where most of a VAE's channels are, steps are taken exactly.
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from ldm.tiling.chain import Affine, ConvStep, Step, sizes
-from ldm.tiling.exact import BandRunner, Rows, advance, needed_rect, placement
+from ldm.tiling.exact import Crew, Rows, advance, needed_rect, placement
 from ldm.tiling.grid import Grid
 from ldm.tiling.maps import Map, Storage, give_back_freed
 from ldm.tiling.spans import Rect
@@ -52,12 +51,11 @@ def sweep(
         yield Rows(rows, values_rWC)
 
 
-def small_moments(steps: Sequence[Step], grid: Grid, source: Map) -> MomentsByStep:
-    """Moments of the input of every step with a norm for a ``source`` that is small."""
+def small_moments(steps: Sequence[Step], crew: Crew) -> MomentsByStep:
+    """Moments of the input of every step with a norm, for a source that is small, which the crew has."""
     seen: MomentsByStep = {}
-    advance(steps, BandRunner(steps, grid, source, range(grid.num_bands), Storage()), seen=seen)
-    give_back_freed()
-    return seen
+    last = advance(steps[:-1], crew, seen=seen)
+    return seen if last is None else seen | {len(steps) - 1: last}
 
 
 def pooling_factor(latent_size: Sequence[int], coarse: int) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm.autoencoder import Autoencoder
     from ldm.tiling.exact import Rows
 
-__all__ = ["write_decoded"]
+__all__ = ["require_room", "write_decoded"]
 
 # Standard deviation of latents whitened by the VAE's config: 1 over many photographs.
 MIN_STD, MAX_STD = 0.3, 3.0
@@ -57,6 +57,15 @@ def write_decoded(
             rows = decode_rows(autoencoder, latent_Chw, tiling)
         write_image(out, _pixels(rows), size)
     return size
+
+
+def require_room(autoencoder: "Autoencoder", shape_Chw: tuple[int, int, int], tiling: Tiling) -> None:
+    """UserError where this machine has no room to decode a latent of that shape."""
+    from ldm.tiling.decode import plan
+    from ldm.tiling.maps import Storage
+
+    if tiling.mode != "whole":
+        Storage(tiling.spill).require(plan(autoencoder, shape_Chw, tiling).needed_bytes)
 
 
 def _size(

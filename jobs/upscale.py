@@ -1,5 +1,6 @@
 """``ldm upscale``: enlarge an image or a latent with a cascade of upsamplers."""
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig
+from jobs.decoded_image import require_room as require_room_to_decode
 from jobs.decoded_image import write_decoded
 from ldm.tiling.config import Tiling
 from pipelines.tile_actors import TileActors
@@ -55,6 +57,11 @@ class UpscaleJob(Upscaling, JobConfig):
         autoencoder = load(self.vae or read_info(self.stages[0]).vae)
         source = read_input(self.input, autoencoder, self.tiling)
         upsamplers = check(source.latent_Chw, self.stages, self, autoencoder)
+        factor = prod(upsampler.factor for upsampler in upsamplers)
+        if self.out.suffix.lower() != ".npy" and not self.actors.size:
+            # Not after days of denoising.
+            channels, rows, columns = source.latent_Chw.shape
+            require_room_to_decode(autoencoder, (channels, rows * factor, columns * factor), self.tiling)
         work = self.work or self.out.with_suffix(".stages")
         open_run(work, source.latent_Chw, upsamplers, self, self.pool.threads)
         preview = LatentPreview(autoencoder, torch.from_numpy(source.latent_Chw))
@@ -65,7 +72,6 @@ class UpscaleJob(Upscaling, JobConfig):
                 latent_CHW = upscale(
                     source.latent_Chw, upsamplers, self, open_stage, work, preview, self._tell
                 )
-            factor = latent_CHW.shape[1] // source.latent_Chw.shape[1]
             height, width = (side * factor for side in source.size_px)
             self._write(latent_CHW, autoencoder, (height, width))
         print(f"{width}×{height} px: {self.out}")

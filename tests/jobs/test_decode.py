@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from jobs.decode import DecodeJob
+from jobs.decoded_image import _whitened_std
 from ldm.autoencoder import load
 from ldm.errors import UserError
 from ldm.image_tensors import from_model
@@ -55,6 +56,14 @@ def test_a_latent_of_another_scale_gets_a_note(
     np.save(tmp_path / "latent.npy", LATENT.astype(np.float32) * std * factor)
     DecodeJob(latent=str(tmp_path / "latent.npy"), out=tmp_path / "a.png", vae=str(vae_folder)).run()
     assert ("this latent varies" in capsys.readouterr().err) == is_doubted
+
+
+def test_the_deviation_is_that_of_the_whitened_latent() -> None:
+    autoencoder = load("f8")
+    latent_Chw = torch.randn(4, 9, 7, generator=torch.Generator().manual_seed(0))
+    latent_Chw *= torch.arange(1, 5)[:, None, None]
+    wanted = autoencoder.whitening.normalise(latent_Chw[None]).std(correction=0)
+    assert _whitened_std(autoencoder, latent_Chw) == pytest.approx(float(wanted), rel=1e-6)
 
 
 def test_a_crop_larger_than_the_image_is_refused(vae_folder: Path, tmp_path: Path) -> None:

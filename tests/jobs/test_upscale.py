@@ -4,6 +4,7 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ldm.image_tensors import from_model
 from ldm.images import encode_png
 from ldm.objective import NoiseSchedule
 from ldm.tiling.config import Tiling
+from ldm.tiling.decode import plan
 from ldm.tiling.encode import encode
 from pipelines.window_pool import WindowPool
 
@@ -143,6 +145,19 @@ def refused(tmp_path: Path, said: str, source: object, stages: tuple[Path, ...],
         job(source, options.pop("out", tmp_path / "new/out.png"), stages, **options).run()  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_little_room_to_decode_is_found_first(
+    latent_folder: Path, stages: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    autoencoder = load(checkpoint.read_info(stages[0]).vae)
+    # Of what two stages make of 8×8 latents.
+    free_bytes = plan(autoencoder, (3, 32, 32), Tiling(mode="exact")).needed_bytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes - 1))
+    said = "feature maps need .*, and memory has .*; give a folder with --tiling.spill, or choose mode fast"
+    refused(tmp_path, said, f"{latent_folder}#k3", stages)
 
 
 def test_what_is_refused(

@@ -18,13 +18,12 @@ from torch import Tensor
 from ldm import autoencoder
 from ldm.errors import UserError
 from ldm.tiling import exact, fast
-from ldm.tiling.chain import Step, sizes
+from ldm.tiling.chain import sizes
 from ldm.tiling.config import Tiling
-from ldm.tiling.decode import Plan, plan, pooled, small_runner
-from ldm.tiling.exact import BandRunner, Rows
+from ldm.tiling.decode import Plan, plan
+from ldm.tiling.exact import Rows
 from ldm.tiling.fast import MomentsByStep
-from ldm.tiling.grid import Grid
-from ldm.tiling.maps import BandedMap, Storage
+from ldm.tiling.maps import Storage
 from ldm.tiling.spans import Span
 from ldm.tiling.statistics import ChannelMoments
 from pipelines.device import pick_device
@@ -57,16 +56,18 @@ class SharedDecoder:
             )
         self.autoencoder.check_latents(latent_Chw[None])
         planned = plan(self.autoencoder, latent_Chw.shape, tiling)
-        small = self._small_moments(planned, latent_Chw, tiling) if planned.needs_small else {}
-        crew = ActorCrew(self.actors, planned.all_steps, planned.grid)
-        crew.start(latent_Chw, tiling, planned.needed_bytes)
-        first, _ = planned.stages
-        return crew.finish(exact.advance(first, crew), small, len(first))
-
-    def _small_moments(self, planned: Plan, latent_Chw: Tensor, tiling: Tiling) -> MomentsByStep:
-        crew = ActorCrew(self.actors, planned.all_steps, planned.small_grid)
-        crew.start_small(pooled(planned, latent_Chw), latent_Chw.shape, tiling)
-        return fast.small_moments(planned.all_steps, crew)
+        # No more than there are bands.
+        actors = self.actors[: planned.grid.num_bands]
+        shape_Chw, share_bytes = tuple(latent_Chw.shape), planned.needed_bytes // len(actors)
+        ray.get([actor.prepare.remote(shape_Chw, tiling, share_bytes) for actor in actors])
+        small: MomentsByStep = {}
+        if planned.needs_small:
+            small_crew = ActorCrew(actors[: planned.small_grid.num_bands], planned, is_small=True)
+            small_crew.start(planned.pooled(latent_Chw))
+            small = fast.small_moments(planned.all_steps, small_crew)
+        crew = ActorCrew(actors, planned, is_small=False)
+        crew.start(latent_Chw)
+        return crew.finish(exact.advance(planned.stages[0], crew), small)
 
 
 @ray.remote
@@ -78,19 +79,17 @@ class BandActor:
             torch.set_num_threads(threads)
         self.autoencoder = autoencoder.load(vae).to(pick_device())
 
-    def start_small(
-        self, pooled_Chw: NDArray[Any], shape_Chw: Sequence[int], tiling: Tiling, bands: range
-    ) -> None:
-        # Pooled from a latent of shape_Chw.
-        planned = plan(self.autoencoder, shape_Chw, tiling)
-        self.runner = small_runner(planned, torch.from_numpy(np.array(pooled_Chw)), bands)
+    def prepare(self, shape_Chw: Sequence[int], tiling: Tiling, needed_bytes: int) -> None:
+        self.storage = Storage(tiling.spill)
+        self.storage.require(needed_bytes)
+        self.plan = plan(self.autoencoder, shape_Chw, tiling)
 
-    def start(self, latent_Chw: NDArray[Any], tiling: Tiling, bands: range, needed_bytes: int) -> None:
-        storage = Storage(tiling.spill)
-        storage.require(needed_bytes)
-        self.plan = plan(self.autoencoder, latent_Chw.shape, tiling)
-        latent = BandedMap.whole(torch.from_numpy(np.array(latent_Chw)), storage)
-        self.runner = BandRunner(self.plan.steps, self.plan.grid, latent, bands, storage)
+    def start(self, latent_Chw: NDArray[Any], bands: range, *, is_small: bool) -> None:
+        latent = torch.from_numpy(np.array(latent_Chw))
+        if is_small:
+            self.runner = self.plan.small_runner(latent, bands)
+        else:
+            self.runner = self.plan.runner(latent, bands, self.storage)
 
     def copy_rows(self, span: Span) -> NDArray[Any]:
         rows: NDArray[Any] = self.runner.copy_rows(span).numpy()
@@ -121,32 +120,22 @@ class BandActor:
 
 
 class ActorCrew:
-    """All actors, as one `ldm.tiling.exact.Crew`."""
+    """All actors, as one `ldm.tiling.exact.Crew`, for the image or for its small copy."""
 
-    def __init__(self, actors: Sequence[Any], steps: Sequence[Step], grid: Grid) -> None:
-        # No more than there are bands.
-        self.actors, self.steps, self.grid = actors[: grid.num_bands], steps, grid
-        edges = [grid.num_bands * i // len(self.actors) for i in range(len(self.actors) + 1)]
+    def __init__(self, actors: Sequence[Any], planned: Plan, *, is_small: bool) -> None:
+        self.actors, self.plan, self.is_small = actors, planned, is_small
+        self.grid = planned.small_grid if is_small else planned.grid
+        edges = [self.grid.num_bands * i // len(actors) for i in range(len(actors) + 1)]
         self.bands = [range(*pair) for pair in pairwise(edges)]
-        self.sizes = sizes(steps, grid.latent_size)
+        self.sizes = sizes(planned.all_steps, self.grid.latent_size)
 
-    def start(self, latent_Chw: Tensor, tiling: Tiling, needed_bytes: int) -> None:
-        latent, share_bytes = ray.put(latent_Chw.numpy()), needed_bytes // len(self.actors)
-        ray.get(
-            [
-                actor.start.remote(latent, tiling, bands, share_bytes)
-                for actor, bands in zip(self.actors, self.bands, strict=True)
-            ]
-        )
-
-    def start_small(self, pooled_Chw: Tensor, shape_Chw: Sequence[int], tiling: Tiling) -> None:
-        latent = ray.put(pooled_Chw.numpy())
-        ray.get(
-            [
-                actor.start_small.remote(latent, tuple(shape_Chw), tiling, bands)
-                for actor, bands in zip(self.actors, self.bands, strict=True)
-            ]
-        )
+    def start(self, latent_Chw: Tensor) -> None:
+        latent = ray.put(latent_Chw.numpy())
+        started = [
+            actor.start.remote(latent, bands, is_small=self.is_small)
+            for actor, bands in zip(self.actors, self.bands, strict=True)
+        ]
+        ray.get(started)
 
     def sweep(self, index: int, moments: ChannelMoments | None) -> list[ChannelMoments]:
         edges = self._edges(index, index + 1)
@@ -160,8 +149,8 @@ class ActorCrew:
         parts = [actor.attend.remote(index, moments, *keys_and_values) for actor in self.actors]
         return [tile for part in ray.get(parts) for tile in part]
 
-    def finish(self, moments: ChannelMoments | None, small: MomentsByStep, done: int) -> Iterator[Rows]:
-        edges = self._edges(done, len(self.steps))
+    def finish(self, moments: ChannelMoments | None, small: MomentsByStep) -> Iterator[Rows]:
+        edges = self._edges(len(self.plan.stages[0]), len(self.plan.all_steps))
         # No bound on what is ahead: whoever has the lower bands would wait for those above to be taken.
         streams = [
             actor.finish.options(num_returns="streaming").remote(moments, small, *edge)
@@ -179,7 +168,7 @@ class ActorCrew:
         """
         if start == 0:
             return [((),) for _ in self.actors]  # everyone has the latent
-        steps = self.steps[start:stop]
+        steps = self.plan.all_steps[start:stop]
         found = self.sizes[start : stop + 1]
         own = [self.grid.rows(bands, found[0][0]) for bands in self.bands]
         edges = []

@@ -17,7 +17,7 @@ from ldm.tiling.maps import BandedMap, Storage, give_back_freed
 from ldm.tiling.spans import Span
 from ldm.tiling.statistics import ChannelMoments
 
-__all__ = ["Plan", "decode", "decode_rows", "plan", "pooled", "small_runner"]
+__all__ = ["Plan", "decode", "decode_rows", "plan"]
 
 
 def decode(autoencoder: Autoencoder, latent_Chw: Tensor, tiling: Tiling) -> Tensor:
@@ -84,6 +84,20 @@ class Plan:
         height, width = (side // self.pooling for side in self.grid.latent_size)
         return grid_of(self.all_steps, (height, width), (height, width), self.grid.tile)
 
+    def runner(self, latent_Chw: Tensor, bands: range, storage: Storage) -> BandRunner:
+        """Computes those bands of the maps of ``steps``."""
+        return BandRunner(self.steps, self.grid, BandedMap.whole(latent_Chw, storage), bands, storage)
+
+    def pooled(self, latent_Chw: Tensor) -> Tensor:
+        """The small latent, as `small_grid` has it."""
+        return F.avg_pool2d(latent_Chw[None].float(), self.pooling)[0]
+
+    def small_runner(self, pooled_Chw: Tensor, bands: range) -> BandRunner:
+        """Computes those bands of every map of the `pooled` latent, in memory."""
+        storage = Storage()
+        latent = BandedMap.whole(pooled_Chw, storage)
+        return BandRunner(self.all_steps, self.small_grid, latent, bands, storage)
+
     def finish(
         self,
         runner: BandRunner,
@@ -123,18 +137,6 @@ def plan(autoencoder: Autoencoder, shape_Chw: Sequence[int], tiling: Tiling) -> 
     return Plan(steps[:num_exact], steps[num_exact:], grid, pooling)
 
 
-def pooled(planned: Plan, latent_Chw: Tensor) -> Tensor:
-    """The small latent (C, h', w'), of `Plan.small_grid`'s size."""
-    return F.avg_pool2d(latent_Chw[None].float(), planned.pooling)[0]
-
-
-def small_runner(planned: Plan, pooled_Chw: Tensor, bands: range) -> BandRunner:
-    """Computes those bands of every map of the `pooled` latent. Its maps are in memory."""
-    storage = Storage()
-    latent = BandedMap.whole(pooled_Chw, storage)
-    return BandRunner(planned.all_steps, planned.small_grid, latent, bands, storage)
-
-
 @torch.inference_mode()
 def _whole(autoencoder: Autoencoder, latent_Chw: Tensor) -> Iterator[Rows]:
     image_3HW = autoencoder.decode(latent_Chw[None])[0].cpu()
@@ -142,7 +144,7 @@ def _whole(autoencoder: Autoencoder, latent_Chw: Tensor) -> Iterator[Rows]:
 
 
 def _small_moments(planned: Plan, latent_Chw: Tensor) -> fast.MomentsByStep:
-    runner = small_runner(planned, pooled(planned, latent_Chw), range(planned.small_grid.num_bands))
+    runner = planned.small_runner(planned.pooled(latent_Chw), range(planned.small_grid.num_bands))
     found = fast.small_moments(planned.all_steps, runner)
     give_back_freed()
     return found
@@ -151,8 +153,7 @@ def _small_moments(planned: Plan, latent_Chw: Tensor) -> fast.MomentsByStep:
 @torch.inference_mode()
 def _tiled(planned: Plan, latent_Chw: Tensor, storage: Storage) -> Iterator[Rows]:
     small = _small_moments(planned, latent_Chw) if planned.needs_small else {}
-    latent = BandedMap.whole(latent_Chw, storage)
-    runner = BandRunner(planned.steps, planned.grid, latent, range(planned.grid.num_bands), storage)
+    runner = planned.runner(latent_Chw, range(planned.grid.num_bands), storage)
     moments = exact.advance(planned.stages[0], runner)
     yield from planned.finish(runner, moments, small)
 

@@ -86,10 +86,8 @@ class BandActor:
 
     def start(self, latent_Chw: NDArray[Any], bands: range, *, is_small: bool) -> None:
         latent = torch.from_numpy(np.array(latent_Chw))
-        if is_small:
-            self.runner = self.plan.small_runner(latent, bands)
-        else:
-            self.runner = self.plan.runner(latent, bands, self.storage)
+        start = self.plan.small_runner if is_small else self.plan.runner
+        self.runner = start(latent, bands, self.storage)
 
     def copy_rows(self, span: Span) -> NDArray[Any]:
         rows: NDArray[Any] = self.runner.copy_rows(span).numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.tiling.chain import Affine, ConvStep, Step, sizes
 from ldm.tiling.exact import Crew, Rows, advance, needed_rect, placement
 from ldm.tiling.grid import Grid
-from ldm.tiling.maps import Map, Storage, give_back_freed
+from ldm.tiling.maps import Map, Storage
 from ldm.tiling.spans import Rect
 from ldm.tiling.statistics import ChannelMoments, affine_of
 
@@ -47,7 +47,6 @@ def sweep(
             x = source.read(rects[0], device, dtype)
             y = run_tile(steps, found, affines, x, rects)
             values_rWC[:, columns.start : columns.stop] = y[0].permute(1, 2, 0)
-        give_back_freed()
         yield Rows(rows, values_rWC)
 
 

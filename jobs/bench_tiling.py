@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from jobs.config import JobConfig
+from ldm.errors import UserError
 
 __all__ = ["BenchTilingJob"]
 
@@ -31,6 +32,7 @@ class BenchTilingJob(JobConfig):
     sizes_px: tuple[PositiveInt, ...] = Field((1024, 2048, 4096, 8192), description="of memory's growth")
     large_px: PositiveInt = 8192
     quick: bool = Field(False, description="only some layouts in part exact")
+    case: str = Field("", description="in part exact: only cases whose name has this in it")
 
     def run(self) -> dict[str, object]:
         """The figures by name; the JSON line holds them all."""
@@ -53,6 +55,8 @@ class BenchTilingJob(JobConfig):
         worst: dict[str, float] = {}
         print(f"  {'error / std':46} {'ours':>9} {'encode':>9} {'diffusers':>9} {'tile stat.':>10}")
         for case in cases(self.quick):
+            if self.case not in case.name:
+                continue
             dtype = "fp64" if case.latent_Chw.itemsize == 8 else "fp32"
             errors = measure(case)
             values = [errors[name] for name in ("decode", "encode", "diffusers", "tile_statistics")]
@@ -60,6 +64,8 @@ class BenchTilingJob(JobConfig):
             print(f"  {f'{case.name} {dtype}':46} {told}", flush=True)
             for name, key in (("decode", f"exact_{dtype}"), ("encode", f"exact_encode_{dtype}")):
                 worst[key] = max(worst.get(key, 0.0), errors[name])
+        if not worst:
+            raise UserError(f"no case has {self.case!r} in its name", allowed="f16, 2 or photograph, say")
         layouts = with_its_layout(256 if self.quick else 1024)
         return worst | {f"whole_fp32_{name}": value for name, value in layouts.items()}
 

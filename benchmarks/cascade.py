@@ -44,8 +44,7 @@ SIZE_PX, LOW_SIZE_PX, FULL_SIZE_PX = 256, 64, 1024
 ZOOMS = {"stage1": (1.0, 1.5), "stage2": (4.0, 6.0)}
 STEPS = {"stage1": 3000, "stage2": 3000}
 CROPS_PER_PHOTO = 40
-# As preset tiny, wider, with attention in the middle only. With few channels, many groups of GroupNorm would
-# each lose their mean, and a latent its brightness.
+# As preset tiny, wider, with attention in the middle only and one group in GroupNorm.
 LAYOUT = {
     "sample_size": SIZE_PX // 8,
     "in_channels": 8,

@@ -1,12 +1,13 @@
 """What the U-Net of an upsampler is given: the noisy latent, and beside it a small one of the same image.
 
 What is diffused is the residual: the large latent less the small one enlarged, whitened by its own statistics
-(Li et al. 2021, "SRDiff"). It has a third to a half of the latent's deviation in three of four channels (f8,
-64 → 256 px), so the errors of a U-Net that makes all of the latent are large beside it.
+(Li et al. 2021, "SRDiff"). It has a third to a half of the small latent's deviation in three of four channels
+(f8, 64 → 256 px), so the errors of a U-Net that makes all of the latent are large beside it.
 
 The small latent gets noise too (conditioning augmentation: Ho et al. 2021, "Cascaded Diffusion Models",
 section 4.2). In training that hides the details which a sampled small latent has wrong, so the U-Net learns
-to make them itself; the level of the noise, which it is told, is then free to choose when sampling.
+to make them itself; the level of the noise, which it is told, is then free to choose when sampling. The
+residual is added to the small latent without noise.
 
 Shape suffixes: B images, C latent channels, H and W rows and columns, h and w those of the small latent.
 """

@@ -1,13 +1,14 @@
 """One large image over several Ray actors: each has some bands of every map, and gives its edge rows away.
 
 The bits are those of one process with as many torch threads: tiles do not depend on the number of actors, and
-statistics are merged in the order of the tiles. What travels are edge rows, statistics and, where the VAE has
-attention, keys and values.
+statistics are merged band by band. What travels are edge rows, statistics and, where the VAE has attention,
+keys and values. Every step waits for everyone's statistics, so little may happen between two steps: an actor
+returns the edge rows that the next step needs together with the statistics.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import ray
@@ -31,6 +32,9 @@ from pipelines.tile_actors import TileActors
 from pipelines.vae_source import on_every_node
 
 __all__ = ["SharedDecoder"]
+
+# Rows of a map, which one actor gives to others.
+Edges: TypeAlias = Mapping[Span, NDArray[Any]]
 
 
 class SharedDecoder:
@@ -89,15 +93,18 @@ class BandActor:
         start = self.plan.small_runner if is_small else self.plan.runner
         self.runner = start(latent, bands, self.storage)
 
-    def copy_rows(self, span: Span) -> NDArray[Any]:
-        rows: NDArray[Any] = self.runner.copy_rows(span).numpy()
-        return rows
-
     @torch.inference_mode()
     def sweep(
-        self, index: int, moments: ChannelMoments | None, spans: Sequence[Span], *rows: NDArray[Any]
-    ) -> list[ChannelMoments]:
-        return self.runner.sweep(index, moments, _neighbours(spans, rows))
+        self,
+        index: int,
+        moments: ChannelMoments | None,
+        gives: Sequence[Span],
+        takes: Sequence[Span],
+        *edges: Edges,
+    ) -> tuple[list[ChannelMoments], Edges]:
+        """Moments of the bands, and the rows ``gives`` of the map that comes out."""
+        found = self.runner.sweep(index, moments, _neighbours(takes, edges))
+        return found, self._edges(gives)
 
     @torch.inference_mode()
     def keys_and_values(self, index: int, moments: ChannelMoments) -> NDArray[Any]:
@@ -105,16 +112,22 @@ class BandActor:
         return keys_and_values
 
     @torch.inference_mode()
-    def attend(self, index: int, moments: ChannelMoments, *parts_2NC: NDArray[Any]) -> list[ChannelMoments]:
+    def attend(
+        self, index: int, moments: ChannelMoments, gives: Sequence[Span], *parts_2NC: NDArray[Any]
+    ) -> tuple[list[ChannelMoments], Edges]:
         keys_NC, values_NC = torch.from_numpy(np.concatenate(parts_2NC, axis=1))
-        return self.runner.attend(index, moments, (keys_NC, values_NC))
+        return self.runner.attend(index, moments, (keys_NC, values_NC)), self._edges(gives)
 
     def finish(
-        self, moments: ChannelMoments | None, small: MomentsByStep, spans: Sequence[Span], *rows: NDArray[Any]
+        self, moments: ChannelMoments | None, small: MomentsByStep, takes: Sequence[Span], *edges: Edges
     ) -> Iterator[tuple[Span, NDArray[Any]]]:
         with torch.inference_mode():
-            for span, values_rWC in self.plan.finish(self.runner, moments, small, _neighbours(spans, rows)):
+            neighbours = _neighbours(takes, edges)
+            for span, values_rWC in self.plan.finish(self.runner, moments, small, neighbours):
                 yield span, values_rWC.numpy()
+
+    def _edges(self, gives: Sequence[Span]) -> Edges:
+        return {span: self.runner.copy_rows(span).numpy() for span in gives}
 
 
 class ActorCrew:
@@ -136,52 +149,77 @@ class ActorCrew:
         ray.get(started)
 
     def sweep(self, index: int, moments: ChannelMoments | None) -> list[ChannelMoments]:
-        edges = self._edges(index, index + 1)
-        parts = [
-            actor.sweep.remote(index, moments, *edge) for actor, edge in zip(self.actors, edges, strict=True)
-        ]
-        return [tile for part in ray.get(parts) for tile in part]
+        return self._gather(
+            actor.sweep.options(num_returns=2).remote(index, moments, gives, *taken)
+            for actor, gives, taken in zip(
+                self.actors, self._gives(index + 1), self._taken(index), strict=True
+            )
+        )
 
     def attend(self, index: int, moments: ChannelMoments) -> list[ChannelMoments]:
         keys_and_values = [actor.keys_and_values.remote(index, moments) for actor in self.actors]
-        parts = [actor.attend.remote(index, moments, *keys_and_values) for actor in self.actors]
-        return [tile for part in ray.get(parts) for tile in part]
+        return self._gather(
+            actor.attend.options(num_returns=2).remote(index, moments, gives, *keys_and_values)
+            for actor, gives in zip(self.actors, self._gives(index + 1), strict=True)
+        )
 
     def finish(self, moments: ChannelMoments | None, small: MomentsByStep) -> Iterator[Rows]:
-        edges = self._edges(len(self.plan.stages[0]), len(self.plan.all_steps))
         # No bound on what is ahead: whoever has the lower bands would wait for those above to be taken.
         streams = [
-            actor.finish.options(num_returns="streaming").remote(moments, small, *edge)
-            for actor, edge in zip(self.actors, edges, strict=True)
+            actor.finish.options(num_returns="streaming").remote(moments, small, *taken)
+            for actor, taken in zip(self.actors, self._taken(len(self.plan.stages[0])), strict=True)
         ]
         for stream in streams:
             for band in stream:
                 span, values_rWC = ray.get(band)
                 yield Rows(Span(*span), torch.from_numpy(np.array(values_rWC)))
 
-    def _edges(self, start: int, stop: int) -> list[tuple[object, ...]]:
-        """For each actor: spans of the others that it needs to compute ``start`` to ``stop``, and their rows.
+    def _gather(self, returned: Iterable[tuple[Any, Any]]) -> list[ChannelMoments]:
+        """Everyone's moments; the edges are the next step's."""
+        moments, self.edges = zip(*returned, strict=True)
+        return [band for part in ray.get(list(moments)) for band in part]
 
-        All are asked for before anyone computes a step, since that replaces the map which they come from.
-        """
-        if start == 0:
-            return [((),) for _ in self.actors]  # everyone has the latent
-        steps = self.plan.all_steps[start:stop]
-        found = self.sizes[start : stop + 1]
+    def _gives(self, index: int) -> list[list[Span]]:
+        """For each actor: rows of the input of step ``index`` that others need."""
+        shares = self._shares(index)
+        return [[share.rows for share in shares if share.giver == i] for i in range(len(self.actors))]
+
+    def _taken(self, index: int) -> list[tuple[Any, ...]]:
+        """For each actor: rows of others that it needs to compute step ``index``, and who gave them."""
+        shares = self._shares(index)
+        taken = [[share for share in shares if share.taker == i] for i in range(len(self.actors))]
+        return [
+            ([share.rows for share in found], *(self.edges[share.giver] for share in found))
+            for found in taken
+        ]
+
+    def _shares(self, index: int) -> "list[Share]":
+        """What is given for step ``index``, with which, in the end, all steps come that `finish` computes."""
+        steps = self.plan.all_steps
+        stop = len(steps) if index == len(self.plan.stages[0]) and not self.is_small else index + 1
+        if index == 0 or index == len(steps):
+            return []  # everyone has the latent, and nobody needs the image
+        found = self.sizes[index : stop + 1]
         own = [self.grid.rows(bands, found[0][0]) for bands in self.bands]
-        edges = []
-        for index, bands in enumerate(self.bands):
-            need = exact.needed_rows(steps, self.grid, bands, found)
-            others = [
-                (i, part) for i, rows in enumerate(own) if i != index and (part := need.common(rows)).size > 0
-            ]
-            rows = [self.actors[i].copy_rows.remote(part) for i, part in others]
-            edges.append((tuple(part for _, part in others), *rows))
-        return edges
+        needs = [exact.needed_rows(steps[index:stop], self.grid, bands, found) for bands in self.bands]
+        return [
+            Share(giver, taker, rows)
+            for taker, need in enumerate(needs)
+            for giver, has in enumerate(own)
+            if giver != taker and (rows := need.common(has)).size > 0
+        ]
 
 
-def _neighbours(spans: Sequence[Span], rows: Sequence[NDArray[Any]]) -> list[Rows]:
+class Share(NamedTuple):
+    """Rows of a map that one actor gives to another."""
+
+    giver: int
+    taker: int
+    rows: Span
+
+
+def _neighbours(takes: Sequence[Span], edges: Sequence[Edges]) -> list[Rows]:
     # Ray's arrays cannot be written, which torch warns about.
     return [
-        Rows(Span(*span), torch.from_numpy(np.array(part))) for span, part in zip(spans, rows, strict=True)
+        Rows(span, torch.from_numpy(np.array(given[span]))) for span, given in zip(takes, edges, strict=True)
     ]

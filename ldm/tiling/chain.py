@@ -10,6 +10,7 @@ compute.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -45,9 +46,10 @@ class Cut(NamedTuple):
 class ConvStep:
     """``after((conv(up(act(norm(before(x))))) + kept) / divisor)``, each part but the convolution optional.
 
-    ``padding``: rows of zeros before and after the map, columns alike. ``keeps``: what of this step's input
-    (behind ``keeps``: an identity or a 1×1 convolution) is kept for the next step that ``adds`` it: the two
-    ends of a residual connection.
+    ``padding``: rows of zeros before and after the map, columns alike. ``doubles``: whether ``up`` is there,
+    which repeats every row and column; ``conv`` is 3×3 then, and pads by one. ``keeps``: what of this
+    step's input (behind ``keeps``: an identity or a 1×1 convolution) is kept for the next step that
+    ``adds`` it: the two ends of a residual connection.
     """
 
     conv: nn.Conv2d
@@ -55,7 +57,7 @@ class ConvStep:
     before: Pointwise | None = None
     norm: nn.GroupNorm | None = None
     act: nn.Module | None = None
-    upsampling: int = 1
+    doubles: bool = False
     keeps: nn.Module | None = None
     adds: bool = False
     divisor: float = 1.0
@@ -84,12 +86,12 @@ class ConvStep:
     def out_size(self, size: int) -> int:
         """Rows of the output of ``size`` rows; columns alike."""
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        return (size * self.upsampling + sum(self.padding) - kernel) // stride + 1
+        return (size * self._scale + sum(self.padding) - kernel) // stride + 1
 
     def needs(self, out: Span, size: int) -> Span:
         """Rows of the input, which has ``size``, that the rows ``out`` of the output are computed from."""
-        inside = self._taps(out).clip(size * self.upsampling)
-        return Span(inside.start // self.upsampling, -(-inside.stop // self.upsampling))
+        inside = self._taps(out).clip(size * self._scale)
+        return Span(inside.start // self._scale, -(-inside.stop // self._scale))
 
     def run(
         self, x: Tensor, have: Rect, want: Rect, in_size: tuple[int, int], affine: "Affine | None"
@@ -105,11 +107,10 @@ class ConvStep:
             x = affine(x)
         if self.act is not None:
             x = self.act(x)
-        if self.upsampling > 1:
-            x = F.interpolate(x, scale_factor=float(self.upsampling), mode="nearest")
+        if self.doubles:
+            return self._doubled(x, have, want)
         rows, columns = (
-            self._cut(out, had.scaled(self.upsampling), size * self.upsampling)
-            for out, had, size in zip(want, have, in_size, strict=True)
+            self._cut(out, had, size) for out, had, size in zip(want, have, in_size, strict=True)
         )
         x = x[..., rows.taken, columns.taken]
         if any(columns.zeros + rows.zeros):
@@ -117,6 +118,44 @@ class ConvStep:
         padding = (rows.padding, columns.padding)
         y = F.conv2d(x, self.conv.weight, self.conv.bias, self.conv.stride, padding)
         return y[..., rows.kept, columns.kept]
+
+    def _doubled(self, x: Tensor, have: Rect, want: Rect) -> Tensor:
+        """Upsampling and convolution in one.
+
+        Of the three rows under the kernel two are the same one, so that four convolutions of 2×2, one for
+        each parity of row and column, do with 16 multiplications what takes 36 afterwards. Everything is
+        padded by one: what padding reaches is cut off, but for the map's own edges.
+        """
+        x = x.contiguous(memory_format=torch.channels_last)
+        shape = (x.shape[0], self.out_channels, want.rows.size, want.columns.size)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for (odd_row, odd_column), weight in self._kernels_by_parity.items():
+            found = F.conv2d(x, weight, self.conv.bias, padding=1)
+            (rows, to_rows), (columns, to_columns) = (
+                _of_parity(odd, out, had)
+                for odd, out, had in zip((odd_row, odd_column), want, have, strict=True)
+            )
+            y[..., to_rows, to_columns] = found[..., rows, columns]
+        return y
+
+    @cached_property
+    def _kernels_by_parity(self) -> dict[tuple[int, int], Tensor]:
+        """2×2 kernels for the output's even (0) and odd (1) rows and columns."""
+        weight = self.conv.weight
+        folds = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(
+            weight.device, torch.float64
+        )
+        return {
+            (row, column): (folds[row] @ weight.double() @ folds[column].T)
+            .to(weight.dtype)
+            .contiguous(memory_format=torch.channels_last)
+            for row in (0, 1)
+            for column in (0, 1)
+        }
+
+    @property
+    def _scale(self) -> int:
+        return 2 if self.doubles else 1
 
     def finish(self, y: Tensor, kept: Tensor | None) -> Tensor:
         """Add what was kept, and apply what comes after; may change ``y`` in place."""
@@ -265,7 +304,7 @@ def _kl_decoder(vae: "DiffusersVae") -> Iterator[Step]:
         for resnet in block.resnets:
             yield from _resnet(resnet)
         for upsampler in block.upsamplers or ():
-            yield replace(_conv(upsampler.conv), upsampling=2)
+            yield replace(_conv(upsampler.conv), doubles=True)
     yield replace(_conv(decoder.conv_out), norm=decoder.conv_norm_out, act=decoder.conv_act)
 
 
@@ -316,13 +355,13 @@ def _tiny_encoder(vae: "DiffusersVae") -> list[ConvStep]:
 def _tiny_layers(layers: Sequence[nn.Module]) -> list[ConvStep]:
     """Steps of an EncoderTiny or DecoderTiny: convolutions, activations, upsamplings and residual blocks."""
     steps: list[ConvStep] = []
-    upsampling = 1
+    doubles = False
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
-            steps.append(replace(_conv(layer), upsampling=upsampling))
-            upsampling = 1
-        elif isinstance(layer, nn.Upsample) and layer.mode == "nearest":
-            upsampling = int(layer.scale_factor)  # type: ignore[arg-type]
+            steps.append(replace(_conv(layer), doubles=doubles))
+            doubles = False
+        elif isinstance(layer, nn.Upsample) and (layer.mode, layer.scale_factor) == ("nearest", 2):
+            doubles = True
         elif type(layer).__name__ == "AutoencoderTinyBlock":
             steps.extend(_tiny_block(layer))
         elif isinstance(layer, nn.ReLU | nn.SiLU | nn.GELU | nn.Mish):
@@ -351,6 +390,13 @@ def _positions(x: Tensor) -> Tensor:
 
 def _as_map(x_1NC: Tensor, like: Tensor) -> Tensor:
     return x_1NC.transpose(1, 2).reshape(1, -1, *like.shape[2:])
+
+
+def _of_parity(odd: int, out: Span, have: Span) -> tuple[slice, slice]:
+    """Rows ``out`` of one parity: where these are in a 2-high convolution of ``have``, and in ``out``."""
+    first, last = -(-(out.start - odd) // 2), -(-(out.stop - odd) // 2)
+    start = first + odd - have.start
+    return slice(start, start + last - first), slice(2 * first + odd - out.start, None, 2)
 
 
 # What diffusers' EncoderTiny and DecoderTiny do outside their layers.

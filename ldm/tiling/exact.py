@@ -44,8 +44,8 @@ class Rows(NamedTuple):
 class Crew(Protocol):
     """Who computes the steps of a chain, for all bands: one `BandRunner`, or several.
 
-    moments: of the whole input, where the step has a norm. Results: the moments of each tile, from the top
-    and from left to right, where the next step has a norm.
+    moments: of the whole input, where the step has a norm. Results: the moments of each band, from the top,
+    where the next step has a norm.
     """
 
     def sweep(self, index: int, moments: ChannelMoments | None) -> list[ChannelMoments]:
@@ -93,9 +93,9 @@ class BandRunner:
     ) -> list[ChannelMoments]:
         """As `Crew.sweep`, for these bands. neighbours: rows of the input that are read beyond them."""
         target = self._target(index)
-        found = [tile for band in self._bands_of(index, moments, neighbours, target) for tile in band]
+        found = [tiles for tiles in self._bands_of(index, moments, neighbours, target) if tiles]
         self.current = target
-        return found
+        return [ChannelMoments.merge(tiles) for tiles in found]
 
     def last_sweep(self, moments: ChannelMoments | None, neighbours: Sequence[Rows] = ()) -> Iterator[Rows]:
         """Compute the last step; yields each band, whole, as soon as it is there."""
@@ -132,13 +132,15 @@ class BandRunner:
         affine = affine_of(step.norm, moments)
         both_NC = keys_and_values or self.keys_and_values(index, moments)
         keys_1NC, values_1NC = (part_NC[None].to(self.device) for part_NC in both_NC)
-        found = []
+        merged = []
         for band in self.bands:
+            found = []
             for tile in self._tiles(index, band):
                 y = step.run(self._read(tile), affine, keys_1NC, values_1NC)
                 self.current.write(tile, y)
                 found.append(ChannelMoments.of(y))
-        return found
+            merged.append(ChannelMoments.merge(found))
+        return merged
 
     def _bands_of(
         self, index: int, moments: ChannelMoments | None, neighbours: Sequence[Rows], target: BandedMap
@@ -232,7 +234,7 @@ def advance(
 ) -> ChannelMoments | None:
     """Let a crew compute its chain's first steps, ``steps``; returns the moments of what comes out.
 
-    moments: of the source's tiles, where the first step has a norm. Those of the result are None where the
+    moments: of the source's bands, where the first step has a norm. Those of the result are None where the
     chain has no use for them. seen: is given the moments of the input of every step that has a norm.
     """
     for index, step in enumerate(steps):

@@ -24,7 +24,7 @@ from ldm.tiling.config import Tiling
 from ldm.tiling.decode import Plan, plan
 from ldm.tiling.exact import Rows
 from ldm.tiling.fast import MomentsByStep
-from ldm.tiling.maps import Storage
+from ldm.tiling.maps import Storage, keep_freed
 from ldm.tiling.spans import Span
 from ldm.tiling.statistics import ChannelMoments
 from pipelines.device import pick_device
@@ -81,6 +81,7 @@ class BandActor:
     def __init__(self, vae: str, threads: int | None) -> None:
         if threads:
             torch.set_num_threads(threads)
+        keep_freed()
         self.autoencoder = autoencoder.load(vae).to(pick_device())
 
     def prepare(self, shape_Chw: Sequence[int], tiling: Tiling, needed_bytes: int) -> None:

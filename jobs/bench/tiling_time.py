@@ -1,12 +1,11 @@
 """Seconds of the ways to decode one latent, in turns."""
 
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor
 
+from jobs.bench.rounds import median_seconds
 from jobs.bench.tiling_ways import diffusers_tiling, whole_decode
 from ldm.autoencoder import load
 from ldm.tiling.config import Tiling
@@ -26,11 +25,4 @@ def measure(size_px: int, tile: int, rounds: int, threads: int) -> dict[str, flo
         "fast": lambda: decode(autoencoder, latent_Chw, Tiling(mode="fast", tile=tile)),
         "diffusers": lambda: diffusers_tiling(autoencoder, latent_Chw, tile),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for index in range(rounds + 1):
-        for name in list(ways) if index % 2 == 0 else reversed(list(ways)):
-            start = time.perf_counter()
-            ways[name]()
-            if index:  # the first round is warm-up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: median(taken) for name, taken in seconds.items()}
+    return median_seconds(ways, rounds)

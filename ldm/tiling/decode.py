@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -14,14 +13,11 @@ from ldm.tiling.chain import Step, decoder_chain, sizes
 from ldm.tiling.config import Tiling
 from ldm.tiling.exact import BandRunner, Rows
 from ldm.tiling.grid import Grid, grid_of
-from ldm.tiling.maps import BandedMap, Storage, give_back_freed
+from ldm.tiling.maps import BandedMap, Storage
 from ldm.tiling.spans import Span
 from ldm.tiling.statistics import ChannelMoments
 
 __all__ = ["Plan", "decode", "decode_rows", "plan"]
-
-# To give memory back and to get it again takes 0.2 s, band by band: a tenth of what 1024² px take (f8, 2 cores).
-LARGE_LATENTS = 512**2
 
 
 def decode(autoencoder: Autoencoder, latent_Chw: Tensor, tiling: Tiling) -> Tensor:
@@ -123,13 +119,8 @@ class Plan:
         swept = fast.sweep(self.wide, self.grid, source, small, runner.bands, runner.storage)
         return map(self._finished, swept)
 
-    def give_back(self) -> None:
-        """Give freed memory back where the image is so large that the time for that does not count."""
-        if prod(self.grid.latent_size) >= LARGE_LATENTS:
-            give_back_freed()
-
     def _finished(self, rows: Rows) -> Rows:
-        self.give_back()
+        exact.give_back(self.grid)
         return Rows(rows.span, rows.values_rWC.float().clamp_(-1, 1))
 
     @property
@@ -159,7 +150,7 @@ def _small_moments(planned: Plan, latent_Chw: Tensor, storage: Storage) -> fast.
     pooled_Chw, bands = planned.pooled(latent_Chw), range(planned.small_grid.num_bands)
     runner = planned.small_runner(pooled_Chw, bands, storage)
     found = fast.small_moments(planned.all_steps, runner)
-    planned.give_back()
+    exact.give_back(planned.grid)
     return found
 
 

@@ -1,0 +1,347 @@
+"""The sampler's engine: one batched U-Net call after the other, over whatever is in flight.
+
+Between two calls requests join, leave, are cancelled and are looked at. So a short one does not wait for a
+long one to end, nobody works for a client that has gone, and a batch stays full although its requests have
+different step counts. A request's image does not depend on its company: all that it depends on is in its
+`ldm.sampling.Trajectory`.
+
+Who is next: requests of one latent shape share calls, and the one that is due first goes first, as long as it
+can still be in time. Shapes take turns by deficit round-robin (Shreedhar & Varghese 1995), in seconds. A
+request that would be late, or make another late, is refused when it comes, not when it is late.
+
+No Ray here. torch is called in one thread of its own, so that the event loop is always free.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from ldm.sampling import Trajectory
+from pipelines.serve.feasibility import Load, harms
+from pipelines.serve.step_costs import LatentShape, StepCosts
+
+__all__ = ["Engine", "Observer", "Reason", "Refused", "Ticket", "TooLate", "Update", "Work"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+Reason = Literal["deadline", "full", "draining"]
+
+
+class Refused(Exception):
+    """Not accepted. ``retry_after_s``: when it may be worth to ask again."""
+
+    def __init__(self, reason: Reason, retry_after_s: float) -> None:
+        super().__init__(reason)
+        self.reason, self.retry_after_s = reason, retry_after_s
+
+
+class TooLate(Exception):
+    """Accepted, but not done at its deadline: calls became slower than they were measured."""
+
+
+class Update(NamedTuple):
+    """How far a request is: ``step`` of ``num_steps``; latent: (C, H, W), where one was asked for."""
+
+    step: int
+    num_steps: int
+    latent_CHW: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A request to an engine.
+
+    start: makes the trajectory, in the engine's thread. shape: of its latent. num_steps: that it will take.
+    rows: of each call, 2 with guidance. deadline_s: it has to be done within; None: no hurry.
+    preview_every: steps after which an `Update` brings the latent; 0: never.
+    """
+
+    start: Callable[[], Trajectory]
+    shape: LatentShape
+    num_steps: int
+    rows: int
+    deadline_s: float | None = None
+    preview_every: int = 0
+
+
+class Observer:
+    """Is told what happens, for metrics. ``stepped`` comes from the engine's thread."""
+
+    def stepped(self, *, seconds: float, rows: int, room: int) -> None:
+        """A call ended; ``room``: rows that it could have had."""
+
+    def started(self, *, waited_s: float) -> None:
+        """A request has its first step."""
+
+    def refused(self, reason: Reason) -> None: ...
+
+    def cancelled(self, *, steps: int) -> None:
+        """A client left; ``steps`` had been taken."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """An accepted request. ``done``: its latent (C, H, W), or why there is none."""
+
+    work: Work
+    accepted_at: float
+    due: float
+    deadline: float
+    done: "asyncio.Future[Tensor]"
+    trajectory: Trajectory | None = None
+    steps_taken: int = 0
+    _latest: Update | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def steps_left(self) -> int:
+        return self.work.num_steps - self.steps_taken
+
+    def cancel(self) -> None:
+        """No step is taken for it beyond the one that runs; nothing happens if it is done."""
+        self.done.cancel()
+        self._changed.set()
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Every state that the reader is fast enough for, until it is done, cancelled or failed."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            latest, self._latest = self._latest, None
+            if latest is not None:
+                yield latest
+            if self.done.done():
+                return
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+        self._changed.set()
+
+    def tell(self, update: Update) -> None:
+        """For `updates`; a state that nobody has read yet is replaced, but for its latent."""
+        if update.latent_CHW is None and self._latest is not None:
+            update = update._replace(latent_CHW=self._latest.latent_CHW)
+        self._latest = update
+        self._changed.set()
+
+
+class Engine:
+    """Takes steps of whatever it is given; `run` has to run as a task.
+
+    step: `ldm.sampling.denoise_step` for a U-Net. costs: of its calls. max_requests: accepted and not done.
+    patience: a request without a deadline is due after so many times the time that it takes alone, which
+    orders it among others and is no promise.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Sequence[Trajectory]], None],
+        costs: StepCosts,
+        *,
+        max_requests: int = 256,
+        patience: float = 5.0,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._step, self._costs, self._clock = step, costs, clock
+        self._observer = observer or Observer()
+        self.max_requests, self.patience = max_requests, patience
+        self._tickets: dict[LatentShape, list[Ticket]] = {}
+        self._turns: deque[LatentShape] = deque()
+        self._credit_s: dict[LatentShape, float] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unet")
+        self._something_to_do = asyncio.Event()
+        self._draining = False
+
+    @property
+    def num_requests(self) -> int:
+        return sum(map(len, self._tickets.values()))
+
+    @property
+    def seconds_left(self) -> float:
+        """Of work, for all that is accepted: what autoscaling goes by."""
+        return sum(
+            ticket.steps_left * self._full_step_s(shape) / self._lanes(ticket)
+            for shape, tickets in self._tickets.items()
+            for ticket in tickets
+        )
+
+    async def submit(self, work: Work) -> Ticket:
+        """Accept a request. Raises `Refused`."""
+        if not self._costs.knows(work.shape):
+            # The first of its shape: nothing can be promised before a call was measured.
+            await self._in_thread(self._costs.calibrate, work.shape)
+        now = self._clock()
+        alone_s = work.num_steps * self._costs.seconds(work.shape, work.rows)
+        deadline = inf if work.deadline_s is None else now + work.deadline_s
+        due = min(deadline, now + self.patience * alone_s)
+        ticket = Ticket(work, now, due, deadline, asyncio.get_running_loop().create_future())
+        reason = self._objection(ticket, now)
+        if reason is not None:
+            self._observer.refused(reason)
+            raise Refused(reason, retry_after_s=self.seconds_left)
+        self._add(ticket)
+        return ticket
+
+    async def run(self) -> None:
+        """Take steps until cancelled."""
+        while True:
+            self._retire()
+            batch = self._next_batch()
+            if not batch:
+                self._something_to_do.clear()
+                await self._something_to_do.wait()
+                continue
+            await self._take_step(batch)
+
+    async def drain(self) -> None:
+        """Refuse what comes from now on, and wait for the rest."""
+        self._draining = True
+        pending = [ticket.done for tickets in self._tickets.values() for ticket in tickets]
+        await asyncio.gather(*pending, return_exceptions=True)
+
+    def _objection(self, ticket: Ticket, now: float) -> Reason | None:
+        if self._draining:
+            return "draining"
+        if self.num_requests >= self.max_requests:
+            return "full"
+        others = self._tickets.get(ticket.work.shape, [])
+        accepted = [self._load(other) for other in others]
+        if harms(self._load(ticket), accepted, now, self._lanes(ticket)):
+            return "deadline"
+        return None
+
+    def _add(self, ticket: Ticket) -> None:
+        shape = ticket.work.shape
+        if shape not in self._tickets:
+            self._tickets[shape] = []
+            self._turns.append(shape)
+            self._credit_s[shape] = 0.0
+        self._tickets[shape].append(ticket)
+        self._something_to_do.set()
+
+    def _retire(self) -> None:
+        """Forget who is done, has gone or is too late, and shapes that nobody wants any more."""
+        now = self._clock()
+        for shape, tickets in list(self._tickets.items()):
+            for ticket in tickets:
+                if ticket.deadline < now and not ticket.done.done():
+                    ticket.fail(TooLate())
+                if ticket.done.cancelled():
+                    self._observer.cancelled(steps=ticket.steps_taken)
+            self._tickets[shape] = [ticket for ticket in tickets if not ticket.done.done()]
+            if not self._tickets[shape]:
+                del self._tickets[shape], self._credit_s[shape]
+                self._turns.remove(shape)
+
+    def _next_batch(self) -> list[Ticket]:
+        """Of the shape whose turn it is, those that are due first."""
+        if not self._turns:
+            return []
+        batches = {shape: self._first_due(shape) for shape in self._turns}
+        prices = {shape: self._costs.seconds(shape, _rows(batch)) for shape, batch in batches.items()}
+        while self._credit_s[self._turns[0]] < prices[self._turns[0]]:
+            self._turns.rotate(-1)
+            self._credit_s[self._turns[0]] += max(prices.values())
+        shape = self._turns[0]
+        self._credit_s[shape] -= prices[shape]
+        return batches[shape]
+
+    def _first_due(self, shape: LatentShape) -> list[Ticket]:
+        now, room = self._clock(), self._costs.best_rows(shape)
+        batch: list[Ticket] = []
+        loads = {ticket: self._load(ticket) for ticket in self._tickets[shape]}
+
+        def urgency(ticket: Ticket) -> tuple[bool, float, float]:
+            in_vain = now + loads[ticket].seconds > ticket.deadline
+            return in_vain, ticket.due, ticket.accepted_at
+
+        for ticket in sorted(loads, key=urgency):
+            if not batch or ticket.work.rows <= room:
+                batch.append(ticket)
+                room -= ticket.work.rows
+        return batch
+
+    async def _take_step(self, batch: list[Ticket]) -> None:
+        """One call; a failure is that of whose start or step failed, and of nobody else."""
+        now = self._clock()
+        for ticket in batch:
+            if ticket.steps_taken == 0:
+                self._observer.started(waited_s=now - ticket.accepted_at)
+        failures = await self._in_thread(self._call, batch)
+        for ticket in batch:
+            error = failures.get(ticket)
+            if error is not None:
+                ticket.fail(error)
+            else:
+                self._account(ticket)
+
+    def _account(self, ticket: Ticket) -> None:
+        work, trajectory = ticket.work, ticket.trajectory
+        assert trajectory is not None
+        ticket.steps_taken += 1
+        every = work.preview_every
+        # The latent of a step is a new tensor: nobody changes the one that is handed out.
+        latent = trajectory.latent if every and ticket.steps_taken % every == 0 else None
+        ticket.tell(Update(ticket.steps_taken, work.num_steps, latent))
+        if trajectory.done and not ticket.done.done():
+            ticket.done.set_result(trajectory.latent)
+
+    def _call(self, batch: Sequence[Ticket]) -> dict[Ticket, Exception]:
+        """In the thread: start who has not begun, take the step; whose that failed, and why."""
+        failures: dict[Ticket, Exception] = {}
+        for ticket in batch:
+            try:
+                ticket.trajectory = ticket.trajectory or ticket.work.start()
+            except Exception as error:  # noqa: BLE001  # it is told to whoever asked
+                failures[ticket] = error
+        able = [ticket for ticket in batch if ticket not in failures]
+        if not able:
+            return failures
+        started = self._clock()
+        try:
+            self._step([ticket.trajectory for ticket in able if ticket.trajectory])
+        except Exception as error:  # noqa: BLE001  # as above
+            if len(able) == 1:
+                return failures | {able[0]: error}
+            # One of them; alone each fails for itself.
+            for ticket in able:
+                failures |= self._call([ticket])
+            return failures
+        rows = _rows(able)
+        seconds = self._clock() - started
+        self._costs.observe(able[0].work.shape, rows, seconds)
+        room = self._costs.best_rows(able[0].work.shape)
+        self._observer.stepped(seconds=seconds, rows=rows, room=room)
+        return failures
+
+    def _load(self, ticket: Ticket) -> Load:
+        """Steps in full batches, slower by as many shapes as share the time."""
+        shape = ticket.work.shape
+        sharing = len(self._turns) + (shape not in self._tickets)
+        seconds = ticket.steps_left * self._full_step_s(shape) * sharing
+        return Load(ticket.due, ticket.deadline, seconds)
+
+    def _full_step_s(self, shape: LatentShape) -> float:
+        return self._costs.seconds(shape, self._costs.best_rows(shape))
+
+    def _lanes(self, ticket: Ticket) -> int:
+        return max(1, self._costs.best_rows(ticket.work.shape) // ticket.work.rows)
+
+    async def _in_thread(
+        self, call: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
+    ) -> Result:
+        return await asyncio.wrap_future(self._thread.submit(call, *arguments, **named))
+
+
+def _rows(batch: Sequence[Ticket]) -> int:
+    return sum(ticket.work.rows for ticket in batch)

@@ -1,0 +1,84 @@
+"""What a U-Net call costs, by latent shape and rows: measured, never assumed.
+
+Batching pays where a call of many rows takes hardly longer than one of a single row, and it does not where
+the time grows with the rows: then it only makes the short wait for the long. Which of both holds depends on
+the latent's size, the model and the machine.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+__all__ = ["LatentShape", "StepCosts"]
+
+LatentShape: TypeAlias = tuple[int, int, int]
+
+# A larger batch has to save this share of the time of a row, or it is not worth the wait.
+WORTH = 0.05
+# Weight of the newest call in what is known of a shape's speed now.
+NEWEST = 0.1
+
+
+@dataclass
+class _Shape:
+    """Seconds by rows, ascending, at calibration; ``drift``: seconds now over those."""
+
+    rows: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    drift: float = 1.0
+
+    def calibrated(self, rows: int) -> float:
+        """Interpolated between the measured rows, and beyond them in proportion to the rows."""
+        index = bisect_left(self.rows, rows)
+        if index == len(self.rows):
+            return self.seconds[-1] * rows / self.rows[-1]
+        if self.rows[index] == rows or index == 0:
+            return self.seconds[index]
+        (low, high), (fast, slow) = self.rows[index - 1 : index + 1], self.seconds[index - 1 : index + 1]
+        return fast + (slow - fast) * (rows - low) / (high - low)
+
+
+class StepCosts:
+    """Seconds of a call with some rows of latents of one shape.
+
+    measure: (shape, rows) → seconds of such a call; asked for 1, 2, 4, … rows of a shape up to ``max_rows``,
+    and no further than more rows pay.
+    """
+
+    def __init__(self, measure: Callable[[LatentShape, int], float], max_rows: int) -> None:
+        self._measure, self.max_rows = measure, max_rows
+        self._shapes: dict[LatentShape, _Shape] = {}
+
+    def knows(self, shape: LatentShape) -> bool:
+        return shape in self._shapes
+
+    def calibrate(self, shape: LatentShape) -> None:
+        """Measure a shape that is not known; takes some calls."""
+        if self.knows(shape):
+            return
+        found, rows = _Shape(), 1
+        while rows <= self.max_rows:
+            found.rows.append(rows)
+            found.seconds.append(self._measure(shape, rows))
+            if len(found.rows) > 1 and found.seconds[-1] / rows > found.seconds[-2] / found.rows[-2]:
+                break
+            rows *= 2
+        self._shapes[shape] = found
+
+    def observe(self, shape: LatentShape, rows: int, seconds: float) -> None:
+        """Take account of a call, since a machine's speed changes."""
+        known = self._shapes[shape]
+        known.drift += NEWEST * (seconds / known.calibrated(rows) - known.drift)
+
+    def seconds(self, shape: LatentShape, rows: int) -> float:
+        """Expected of a call."""
+        known = self._shapes[shape]
+        return known.calibrated(rows) * known.drift
+
+    def best_rows(self, shape: LatentShape) -> int:
+        """The fewest rows at which a row costs hardly more than in the best batch."""
+        known = self._shapes[shape]
+        per_row = [seconds / rows for rows, seconds in zip(known.rows, known.seconds, strict=True)]
+        worth = min(per_row) * (1 + WORTH)
+        return next(rows for rows, cost in zip(known.rows, per_row, strict=True) if cost <= worth)

@@ -1,0 +1,52 @@
+import pytest
+
+from pipelines.serve.step_costs import StepCosts
+
+SHAPE = (4, 8, 8)
+
+
+def _costs(seconds_by_rows: dict[int, float], max_rows: int = 16) -> StepCosts:
+    costs = StepCosts(lambda _, rows: seconds_by_rows[rows], max_rows)
+    costs.calibrate(SHAPE)
+    return costs
+
+
+def test_batches_are_large_where_rows_are_nearly_free() -> None:
+    assert _costs({1: 0.010, 2: 0.0102, 4: 0.0106, 8: 0.0112, 16: 0.012}).best_rows(SHAPE) == 16
+
+
+def test_there_are_no_batches_where_time_grows_with_the_rows() -> None:
+    assert _costs({1: 0.100, 2: 0.198, 4: 0.390, 8: 0.78, 16: 1.55}).best_rows(SHAPE) == 1
+
+
+def test_the_batch_ends_where_more_rows_save_too_little() -> None:
+    assert _costs({1: 0.010, 2: 0.011, 4: 0.013, 8: 0.0255, 16: 0.0505}).best_rows(SHAPE) == 4
+
+
+def test_measuring_ends_where_a_row_becomes_dearer() -> None:
+    asked = []
+
+    def measure(_: object, rows: int) -> float:
+        asked.append(rows)
+        return {1: 1.0, 2: 1.8, 4: 4.0}[rows]
+
+    costs = StepCosts(measure, 64)
+    costs.calibrate(SHAPE)
+    costs.calibrate(SHAPE)
+
+    assert asked == [1, 2, 4]
+
+
+def test_seconds_between_and_beyond_measured_rows() -> None:
+    costs = _costs({1: 1.0, 2: 1.2, 4: 1.8}, max_rows=4)
+
+    assert [costs.seconds(SHAPE, rows) for rows in (1, 3, 8)] == pytest.approx([1.0, 1.5, 3.6])
+
+
+def test_a_machine_that_slows_down_is_noticed() -> None:
+    costs = _costs({1: 1.0}, max_rows=1)
+
+    for _ in range(60):
+        costs.observe(SHAPE, 1, 3.0)
+
+    assert costs.seconds(SHAPE, 1) == pytest.approx(3.0, rel=0.01)

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from ldm.tiling.chain import Affine, ConvStep, Step, sizes
-from ldm.tiling.exact import Crew, Rows, advance, needed_rect, placement
+from ldm.tiling.exact import Crew, Rows, advance, give_back, needed_rect, placement
 from ldm.tiling.grid import Grid
 from ldm.tiling.maps import Map, Storage
 from ldm.tiling.spans import Rect
@@ -21,6 +21,9 @@ from ldm.tiling.statistics import ChannelMoments, affine_of
 __all__ = ["MomentsByStep", "inputs_of", "pooling_factor", "run_tile", "small_moments", "sweep"]
 
 MomentsByStep: TypeAlias = dict[int, ChannelMoments]
+
+# After so many tiles, not after a band, whose number of tiles grows with the image.
+TILES_TO_GIVE_BACK = 16
 
 
 def sweep(
@@ -42,11 +45,13 @@ def sweep(
     for band in bands:
         rows = grid.band(band, height)
         values_rWC = storage.empty((rows.size, width, steps[-1].out_channels), dtype)
-        for columns in grid.columns(width):
+        for index, columns in enumerate(grid.columns(width), start=1):
             rects = inputs_of(steps, found, Rect(rows, columns))
             x = source.read(rects[0], device, dtype)
             y = run_tile(steps, found, affines, x, rects)
             values_rWC[:, columns.start : columns.stop] = y[0].permute(1, 2, 0)
+            if index % TILES_TO_GIVE_BACK == 0:
+                give_back(grid)
         yield Rows(rows, values_rWC)
 
 

@@ -54,7 +54,10 @@ class Grid:
 
 
 def grid_of(steps: Sequence[Step], in_size: tuple[int, int], latent_size: tuple[int, int], tile: int) -> Grid:
-    """The grid in which no tile has more values than ``tile`` × ``tile`` latents have at the largest size."""
+    """The grid in which no tile has more values than half of what ``tile``² latents have at the end.
+
+    Half, so that exact steps, which hold several tiles at a time, need no more memory than fast ones.
+    """
     found = sizes(steps, in_size)
     largest = max(found)
     ends = [
@@ -64,4 +67,4 @@ def grid_of(steps: Sequence[Step], in_size: tuple[int, int], latent_size: tuple[
     ]
     channels = max(channels for size, channels in ends if size == largest)
     scale = largest[0] // latent_size[0]
-    return Grid(latent_size, tile, (tile * scale) ** 2 * channels)
+    return Grid(latent_size, tile, (tile * scale) ** 2 * channels // 2)

@@ -175,7 +175,7 @@ def _ledger(title: str, rows: Mapping[int, LedgerRow]) -> Sheet:
 
 def _measured(result: SavingsResult) -> Sheet:
     return Sheet(
-        f"Steps of {result.batch_size} images: {result.run_here_name}, measured here",
+        f"Steps at batch size {result.batch_size}: {result.run_here_name}, measured here",
         ("step", "f", "seconds, median", "memory of model and step"),
         [
             (kind, str(f), f"{one.seconds:.4g}", _mb(one.peak_bytes))

@@ -47,7 +47,7 @@ def test_measured_steps_are_claims_evidence() -> None:
     measured = {f.claim.f: f for f in result.findings if f.found_in.startswith("seconds, a step of sampling")}
     assert measured[4].verdict == "holds"
     assert (measured[16].value, measured[16].verdict) == (256, "more")
-    assert sheets(result)[2].title == "Steps of 1 images: b, measured here"
+    assert sheets(result)[2].title == "Steps at batch size 1: b, measured here"
     assert sheets(result)[2].note.endswith("here.")
 
 

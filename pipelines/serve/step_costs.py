@@ -5,12 +5,16 @@ the time grows with the rows: then it only makes the short wait for the long. Wh
 the latent's size, the model and the machine.
 """
 
+import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TypeAlias
 
-__all__ = ["LatentShape", "StepCosts"]
+from ldm.sampling import Trajectory
+
+__all__ = ["LatentShape", "StepCosts", "timed"]
 
 LatentShape: TypeAlias = tuple[int, int, int]
 
@@ -82,3 +86,24 @@ class StepCosts:
         per_row = [seconds / rows for rows, seconds in zip(known.rows, known.seconds, strict=True)]
         worth = min(per_row) * (1 + WORTH)
         return next(rows for rows, cost in zip(known.rows, per_row, strict=True) if cost <= worth)
+
+
+def timed(
+    step: Callable[[Sequence[Trajectory]], None], make: Callable[[LatentShape], Trajectory], calls: int = 3
+) -> Callable[[LatentShape, int], float]:
+    """What `StepCosts` measures with: the median of ``calls`` of ``step``, after one that warms up.
+
+    make: an unguided trajectory of at least so many steps and one more.
+    """
+
+    def measure(shape: LatentShape, rows: int) -> float:
+        trajectories = [make(shape) for _ in range(rows)]
+        step(trajectories)
+        seconds = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            step(trajectories)
+            seconds.append(time.perf_counter() - start)
+        return median(seconds)
+
+    return measure

@@ -110,18 +110,14 @@ class Plan:
         neighbours: as for `BandRunner.sweep`.
         """
         if not self.wide:
-            return map(self._finished, runner.last_sweep(moments, neighbours))
+            return map(_finished, runner.last_sweep(moments, neighbours))
         source = runner.current
         assert isinstance(source, BandedMap)
         for rows in neighbours:
             source.put(*rows)
         small = {index - len(self.steps): found for index, found in small.items()}
         swept = fast.sweep(self.wide, self.grid, source, small, runner.bands, runner.storage)
-        return map(self._finished, swept)
-
-    def _finished(self, rows: Rows) -> Rows:
-        exact.give_back(self.grid)
-        return Rows(rows.span, rows.values_rWC.float().clamp_(-1, 1))
+        return map(_finished, swept)
 
     @property
     def stages(self) -> tuple[Sequence[Step], Sequence[Step]]:
@@ -138,6 +134,10 @@ def plan(autoencoder: Autoencoder, shape_Chw: Sequence[int], tiling: Tiling) -> 
     num_exact = num_narrow if tiling.mode == "fast" else len(steps)
     pooling = fast.pooling_factor(size, tiling.coarse)
     return Plan(steps[:num_exact], steps[num_exact:], grid, pooling)
+
+
+def _finished(rows: Rows) -> Rows:
+    return Rows(rows.span, rows.values_rWC.float().clamp_(-1, 1))
 
 
 @torch.inference_mode()

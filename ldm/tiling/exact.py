@@ -124,6 +124,7 @@ class BandRunner:
         bands = iter(self.bands)
         for _ in self._bands_of(index, moments, neighbours, target):
             rows = self.grid.band(next(bands), target.size[0])
+            give_back(self.grid)
             yield Rows(rows, target.take(rows))
 
     def keys_and_values(self, index: int, moments: ChannelMoments) -> tuple[Tensor, Tensor]:

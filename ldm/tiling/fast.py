@@ -22,7 +22,7 @@ __all__ = ["MomentsByStep", "inputs_of", "pooling_factor", "run_tile", "small_mo
 
 MomentsByStep: TypeAlias = dict[int, ChannelMoments]
 
-# After so many tiles, not after a band, whose number of tiles grows with the image.
+# Not only after a band, whose number of tiles grows with the image.
 TILES_TO_GIVE_BACK = 16
 
 
@@ -45,12 +45,13 @@ def sweep(
     for band in bands:
         rows = grid.band(band, height)
         values_rWC = storage.empty((rows.size, width, steps[-1].out_channels), dtype)
-        for index, columns in enumerate(grid.columns(width), start=1):
+        tiles = list(grid.columns(width))
+        for index, columns in enumerate(tiles, start=1):
             rects = inputs_of(steps, found, Rect(rows, columns))
             x = source.read(rects[0], device, dtype)
             y = run_tile(steps, found, affines, x, rects)
             values_rWC[:, columns.start : columns.stop] = y[0].permute(1, 2, 0)
-            if index % TILES_TO_GIVE_BACK == 0:
+            if index % TILES_TO_GIVE_BACK == 0 or index == len(tiles):
                 give_back(grid)
         yield Rows(rows, values_rWC)
 

@@ -186,8 +186,8 @@ class ImageMap:
 def keep_freed() -> None:
     """Let glibc keep what is freed in this process, until `give_back_freed`: see there.
 
-    By itself it returns large buffers to the system at once, which has to clear them again for the next tile:
-    in a Ray actor up to a quarter of the time.
+    By itself it returns large buffers to the system at once, which has to clear them again for the next
+    tile: one of two actors had up to 876,000 page faults at 2048² px, and at most 157,000 with this.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

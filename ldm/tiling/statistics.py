@@ -24,7 +24,7 @@ Array: TypeAlias = NDArray[np.float64]
 class ChannelMoments:
     """Per channel: ``count`` of values, mean_C, and m2_C, the sum of squared deviations (fp64).
 
-    NumPy's arrays, since a tensor takes a hundred times as long to pickle, and actors send many.
+    NumPy's arrays, since a tensor takes over twenty times as long to pickle, and actors send many.
     """
 
     count: int

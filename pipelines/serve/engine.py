@@ -9,7 +9,7 @@ Who is next: requests of one latent shape share calls, and the one that is due f
 can still be in time. Shapes take turns by deficit round-robin (Shreedhar & Varghese 1995), in seconds. A
 request that would be late, or make another late, is refused when it comes, not when it is late.
 
-No Ray here. torch is called in one thread of its own, so that the event loop is always free.
+No Ray here. torch is called in one thread of its own, so that it does not hold up the event loop.
 """
 
 import asyncio
@@ -207,7 +207,9 @@ class Engine:
         """Refuse what comes from now on, and wait for the rest."""
         self._draining = True
         pending = [ticket.done for tickets in self._tickets.values() for ticket in tickets]
-        await asyncio.gather(*pending, return_exceptions=True)
+        if pending:
+            # Not `gather`, which would cancel them with whoever waits here.
+            await asyncio.wait(pending)
 
     def _objection(self, ticket: Ticket, now: float) -> Reason | None:
         if self._draining:

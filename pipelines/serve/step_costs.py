@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median
 from typing import TypeAlias
 
@@ -31,6 +32,12 @@ class _Shape:
     rows: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     drift: float = 1.0
+
+    @cached_property
+    def best_rows(self) -> int:
+        per_row = [seconds / rows for rows, seconds in zip(self.rows, self.seconds, strict=True)]
+        worth = min(per_row) * (1 + WORTH)
+        return next(rows for rows, cost in zip(self.rows, per_row, strict=True) if cost <= worth)
 
     def calibrated(self, rows: int) -> float:
         """Interpolated between the measured rows, and beyond them in proportion to the rows."""
@@ -82,10 +89,7 @@ class StepCosts:
 
     def best_rows(self, shape: LatentShape) -> int:
         """The fewest rows at which a row costs hardly more than in the best batch."""
-        known = self._shapes[shape]
-        per_row = [seconds / rows for rows, seconds in zip(known.rows, known.seconds, strict=True)]
-        worth = min(per_row) * (1 + WORTH)
-        return next(rows for rows, cost in zip(known.rows, per_row, strict=True) if cost <= worth)
+        return self._shapes[shape].best_rows
 
 
 def timed(

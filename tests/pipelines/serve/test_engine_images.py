@@ -11,7 +11,7 @@ from ldm import unet as unets
 from ldm.autoencoder import load
 from ldm.conditioning import ClassConditioner
 from ldm.image_tensors import from_model
-from ldm.objective import NoiseSchedule
+from ldm.objective import NoiseSchedule, Prediction
 from ldm.sampling import SCHEDULERS, Trajectory, denoise_step
 from pipelines.serve.engine import Engine, Work
 from pipelines.serve.step_costs import LatentShape, StepCosts, timed
@@ -23,14 +23,15 @@ pytestmark = pytest.mark.filterwarnings(
 
 SHAPE = (4, 8, 8)
 CLASSES = ClassConditioner(["a", "b", "c"])
-SAMPLERS = [name for name, row in SCHEDULERS.items() if row.kind == "ddpm"]
+SAMPLERS = list(SCHEDULERS)
 
 
 def _trajectory(scheduler: str, steps: int, guidance: float, seed: int) -> Trajectory:
+    prediction: Prediction = "flow" if SCHEDULERS[scheduler].kind == "flow" else "v_prediction"
     return Trajectory(
         shape=SHAPE,
         scheduler=scheduler,
-        scheduler_config=NoiseSchedule(prediction="v_prediction").scheduler_config(),
+        scheduler_config=NoiseSchedule(prediction=prediction).scheduler_config(),
         num_inference_steps=steps,
         guidance=guidance,
         seed=seed,

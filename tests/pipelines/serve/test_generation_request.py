@@ -1,5 +1,4 @@
 import json
-import time
 
 import pytest
 from pydantic import ValidationError
@@ -58,7 +57,5 @@ def test_extensions_reach_their_bounds() -> None:
     ],
 )
 def test_bad_requests_are_refused_before_any_work(body: str, told: str) -> None:
-    start = time.perf_counter()
     with pytest.raises(ValidationError, match=told):
         _parse(body)
-    assert time.perf_counter() - start < 1.0

@@ -24,7 +24,7 @@ from ldm.checkpoint import CheckpointInfo
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.latents import keyed_normal
-from ldm.objective import NoiseSchedule, kind_of
+from ldm.objective import kind_of
 from ldm.sampling import MAX_SEED, Trajectory
 from ldm.schedulers import default_scheduler
 from ldm.seeds import keyed_seed
@@ -133,7 +133,6 @@ class Upsampling:
         trained_hw = upsampler.info.latent_shape[1:]
         # In training a window began where a low-resolution value began.
         self.grid = WindowGrid.of(canvas_HW, trained_hw, sampling.window_overlap, upsampler.factor)
-        self.x0_CHW: Tensor | None = None
 
     def corners(self, step_index: int) -> list[Corner]:
         """The windows of a step. Their grid moves from step to step, or seams would form at its lines."""
@@ -146,7 +145,6 @@ class Upsampling:
         level_1 = torch.tensor([self.sampling.noise_level])
         seen_CHW = upsampler_input(x_1CHW, self.low_1Chw, self.low_noise_1Chw, level_1)[0]
         prediction_CHW = self._predict(seen_CHW, float(timestep), denoise)
-        self.x0_CHW = self._clean(x_1CHW, prediction_CHW[None], timestep[None])[0]
         trajectory.advance(prediction_CHW)
 
     @property
@@ -157,9 +155,7 @@ class Upsampling:
     @property
     def preview_CHW(self) -> Tensor:
         """The clean latent that the last step's prediction implies, in the VAE's own scale."""
-        if self.x0_CHW is None:
-            raise ValueError("no step was taken yet")
-        return self._of_vae(self.x0_CHW)
+        return self._of_vae(self.trajectory.denoised)
 
     def state(self) -> dict[str, Tensor]:
         """What a process needs to go on, beside the arguments."""
@@ -182,12 +178,6 @@ class Upsampling:
     def _cut(self, seen_CHW: Tensor, corners: Sequence[Corner]) -> Tensor:
         height, width = self.grid.window_hw
         return torch.stack([seen_CHW[:, top : top + height, left : left + width] for top, left in corners])
-
-    def _clean(self, x_1CHW: Tensor, prediction_1CHW: Tensor, timestep_1: Tensor) -> Tensor:
-        schedule = NoiseSchedule.from_scheduler_config(self.upsampler.scheduler_config)
-        # Some samplers visit timesteps between those of a DDPM.
-        t_1 = timestep_1 if schedule.kind == "flow" else timestep_1.round().long()
-        return schedule.to_x0(x_1CHW, prediction_1CHW, t_1)
 
     def _of_vae(self, x_CHW: Tensor) -> Tensor:
         height, width = self.size_HW

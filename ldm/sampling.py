@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning, concat
 from ldm.errors import UserError
+from ldm.objective import NoiseSchedule
 from ldm.schedulers import SCHEDULERS, add_noise, go_on, history, start
 from ldm.unet import predict
 
@@ -63,6 +64,8 @@ class Trajectory:
     first_step: int = 0
     latent: Tensor = field(init=False, repr=False)
     step_index: int = field(init=False, default=0)
+    # What `denoised` follows from: input, prediction and timestep of the last step.
+    _last_step: tuple[Tensor, Tensor, Tensor] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         _check_choices(self.num_inference_steps, self.guidance, self.seed)
@@ -120,6 +123,17 @@ class Trajectory:
             return self.latent
         return self._scheduler.scale_model_input(self.latent, self.timestep)
 
+    @property
+    def denoised(self) -> Tensor:
+        """The clean latent (C, H, W) that the last prediction implies. ValueError before the first step."""
+        if self._last_step is None:
+            raise ValueError("no step was taken yet")
+        x_CHW, prediction_CHW, timestep = self._last_step
+        schedule = NoiseSchedule.from_scheduler_config(self.scheduler_config)
+        # Some samplers visit timesteps between those of a DDPM.
+        t_1 = timestep[None] if schedule.kind == "flow" else timestep[None].round().long()
+        return schedule.to_x0(x_CHW[None], prediction_CHW[None], t_1)[0]
+
     def noised(self, x0_CHW: Tensor, noise_CHW: Tensor) -> Tensor:
         """``x0`` as noisy as ``latent`` is now, in the scheduler's own scale; ``x0`` itself when done."""
         if self.done:
@@ -132,6 +146,7 @@ class Trajectory:
             raise ValueError(
                 f"prediction {tuple(prediction_CHW.shape)} for a latent {tuple(self.latent.shape)}"
             )
+        self._last_step = (self.model_input(), prediction_CHW, self.timestep)
         # With a batch dimension, which diffusers' schedulers expect.
         previous_1CHW, *_ = self._scheduler.step(
             prediction_CHW[None],

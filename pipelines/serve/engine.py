@@ -15,123 +15,23 @@ No Ray here. torch is called in one thread of its own, so that it does not hold 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from math import inf
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ldm.sampling import Trajectory
 from pipelines.serve.feasibility import Load, harms
 from pipelines.serve.step_costs import LatentShape, StepCosts
+from pipelines.serve.tickets import Observer, Reason, Refused, Stopped, Ticket, TooLate, Update, Work
 
-__all__ = ["Engine", "Observer", "Reason", "Refused", "Ticket", "TooLate", "Update", "Work"]
+__all__ = ["Engine"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-Reason = Literal["deadline", "full", "draining"]
-
-
-class Refused(Exception):
-    """Not accepted. ``retry_after_s``: when it may be worth to ask again."""
-
-    def __init__(self, reason: Reason, retry_after_s: float) -> None:
-        super().__init__(reason)
-        self.reason, self.retry_after_s = reason, retry_after_s
-
-
-class TooLate(Exception):
-    """Accepted, but not done at its deadline: calls became slower than they were measured."""
-
-
-class Update(NamedTuple):
-    """How far a request is: ``step`` of ``num_steps``; latent: (C, H, W), where one was asked for."""
-
-    step: int
-    num_steps: int
-    latent_CHW: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A request to an engine.
-
-    start: makes the trajectory, in the engine's thread. shape: of its latent. num_steps: that it will take.
-    rows: of each call, 2 with guidance. deadline_s: it has to be done within; None: no hurry.
-    preview_every: steps after which an `Update` brings the latent; 0: never.
-    """
-
-    start: Callable[[], Trajectory]
-    shape: LatentShape
-    num_steps: int
-    rows: int
-    deadline_s: float | None = None
-    preview_every: int = 0
-
-
-class Observer:
-    """Is told what happens, for metrics. ``stepped`` comes from the engine's thread."""
-
-    def stepped(self, *, seconds: float, rows: int, room: int) -> None:
-        """A call ended; ``room``: rows that it could have had."""
-
-    def started(self, *, waited_s: float) -> None:
-        """A request has its first step."""
-
-    def refused(self, reason: Reason) -> None: ...
-
-    def cancelled(self, *, steps: int) -> None:
-        """A client left; ``steps`` had been taken."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """An accepted request. ``done``: its latent (C, H, W), or why there is none."""
-
-    work: Work
-    accepted_at: float
-    due: float
-    deadline: float
-    done: "asyncio.Future[Tensor]"
-    trajectory: Trajectory | None = None
-    steps_taken: int = 0
-    _latest: Update | None = None
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def steps_left(self) -> int:
-        return self.work.num_steps - self.steps_taken
-
-    def cancel(self) -> None:
-        """No step is taken for it beyond the one that runs; nothing happens if it is done."""
-        self.done.cancel()
-        self._changed.set()
-
-    async def updates(self) -> AsyncIterator[Update]:
-        """Every state that the reader is fast enough for, until it is done, cancelled or failed."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            latest, self._latest = self._latest, None
-            if latest is not None:
-                yield latest
-            if self.done.done():
-                return
-
-    def fail(self, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-        self._changed.set()
-
-    def tell(self, update: Update) -> None:
-        """For `updates`; a state that nobody has read yet is replaced, but for its latent."""
-        if update.latent_CHW is None and self._latest is not None:
-            update = update._replace(latent_CHW=self._latest.latent_CHW)
-        self._latest = update
-        self._changed.set()
 
 
 class Engine:
@@ -139,7 +39,8 @@ class Engine:
 
     step: `ldm.sampling.denoise_step` for a U-Net. costs: of its calls. max_requests: accepted and not done.
     patience: a request without a deadline is due after so many times the time that it takes alone, which
-    orders it among others and is no promise.
+    orders it among others and is no promise. thread: the one in which torch is called; engines on one device
+    share it.
     """
 
     def __init__(
@@ -150,6 +51,7 @@ class Engine:
         max_requests: int = 256,
         patience: float = 5.0,
         observer: Observer | None = None,
+        thread: ThreadPoolExecutor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._step, self._costs, self._clock = step, costs, clock
@@ -158,7 +60,7 @@ class Engine:
         self._tickets: dict[LatentShape, list[Ticket]] = {}
         self._turns: deque[LatentShape] = deque()
         self._credit_s: dict[LatentShape, float] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unet")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="unet")
         self._something_to_do = asyncio.Event()
         self._draining = False
 
@@ -193,23 +95,31 @@ class Engine:
         return ticket
 
     async def run(self) -> None:
-        """Take steps until cancelled."""
-        while True:
-            self._retire()
-            batch = self._next_batch()
-            if not batch:
-                self._something_to_do.clear()
-                await self._something_to_do.wait()
-                continue
-            await self._take_step(batch)
+        """Take steps until cancelled; whoever is not done then fails with `Stopped`."""
+        try:
+            while True:
+                self._retire()
+                batch = self._next_batch()
+                if not batch:
+                    self._something_to_do.clear()
+                    await self._something_to_do.wait()
+                    continue
+                await self._take_step(batch)
+        finally:
+            self._draining = True
+            for ticket in self._all_tickets():
+                ticket.fail(Stopped())
 
     async def drain(self) -> None:
         """Refuse what comes from now on, and wait for the rest."""
         self._draining = True
-        pending = [ticket.done for tickets in self._tickets.values() for ticket in tickets]
+        pending = [ticket.done for ticket in self._all_tickets()]
         if pending:
             # Not `gather`, which would cancel them with whoever waits here.
             await asyncio.wait(pending)
+
+    def _all_tickets(self) -> list[Ticket]:
+        return [ticket for tickets in self._tickets.values() for ticket in tickets]
 
     def _objection(self, ticket: Ticket, now: float) -> Reason | None:
         if self._draining:
@@ -279,27 +189,41 @@ class Engine:
         for ticket in batch:
             if ticket.steps_taken == 0:
                 self._observer.started(waited_s=now - ticket.accepted_at)
-        failures = await self._in_thread(self._call, batch)
+        outcome = await self._in_thread(self._call, batch)
         for ticket in batch:
-            error = failures.get(ticket)
+            error = outcome.failures.get(ticket)
             if error is not None:
                 ticket.fail(error)
             else:
-                self._account(ticket)
+                self._account(ticket, outcome.previews.get(ticket))
 
-    def _account(self, ticket: Ticket) -> None:
-        work, trajectory = ticket.work, ticket.trajectory
+    def _account(self, ticket: Ticket, preview: NDArray[np.uint8] | None) -> None:
+        trajectory = ticket.trajectory
         assert trajectory is not None
         ticket.steps_taken += 1
-        every = work.preview_every
-        # The latent of a step is a new tensor: nobody changes the one that is handed out.
-        latent = trajectory.latent if every and ticket.steps_taken % every == 0 else None
-        ticket.tell(Update(ticket.steps_taken, work.num_steps, latent))
+        ticket.tell(Update(ticket.steps_taken, ticket.work.num_steps, preview))
         if trajectory.done and not ticket.done.done():
             ticket.done.set_result(trajectory.latent)
 
-    def _call(self, batch: Sequence[Ticket]) -> dict[Ticket, Exception]:
-        """In the thread: start who has not begun, take the step; whose that failed, and why."""
+    def _call(self, batch: Sequence[Ticket]) -> "_Outcome":
+        """In the thread: start who has not begun, take the step, draw who is to be seen."""
+        failures = self._advance(batch)
+        previews = {
+            ticket: self._draw(ticket)
+            for ticket in batch
+            if ticket not in failures and ticket.is_due_a_preview
+        }
+        return _Outcome(failures, previews)
+
+    def _draw(self, ticket: Ticket) -> NDArray[np.uint8]:
+        assert ticket.work.preview is not None and ticket.trajectory is not None
+        started = self._clock()
+        preview = ticket.work.preview(ticket.trajectory)
+        self._observer.previewed(seconds=self._clock() - started)
+        return preview
+
+    def _advance(self, batch: Sequence[Ticket]) -> dict[Ticket, Exception]:
+        """Whose start or step failed, and why."""
         failures: dict[Ticket, Exception] = {}
         for ticket in batch:
             try:
@@ -317,7 +241,7 @@ class Engine:
                 return failures | {able[0]: error}
             # One of them; alone each fails for itself.
             for ticket in able:
-                failures |= self._call([ticket])
+                failures |= self._advance([ticket])
             return failures
         rows = _rows(able)
         seconds = self._clock() - started
@@ -343,6 +267,13 @@ class Engine:
         self, call: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
     ) -> Result:
         return await asyncio.wrap_future(self._thread.submit(call, *arguments, **named))
+
+
+class _Outcome(NamedTuple):
+    """Of a call."""
+
+    failures: dict[Ticket, Exception]
+    previews: dict[Ticket, NDArray[np.uint8]]
 
 
 def _rows(batch: Sequence[Ticket]) -> int:

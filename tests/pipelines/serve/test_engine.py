@@ -2,13 +2,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.sampling import Trajectory
-from pipelines.serve.engine import Engine, Observer, Reason, Refused, Ticket, TooLate, Work
+from pipelines.serve.engine import Engine
 from pipelines.serve.step_costs import LatentShape, StepCosts
+from pipelines.serve.tickets import Observer, Reason, Refused, Stopped, Ticket, TooLate, Work
 
 SMALL, LARGE = (4, 8, 8), (4, 16, 16)
 CONFIG = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
@@ -260,13 +263,34 @@ def test_shapes_share_the_time_and_not_the_calls() -> None:
 
 def test_previews_come_at_the_steps_that_were_asked_for() -> None:
     async def scenario(engine: Engine) -> None:
-        ticket = await engine.submit(_work(1, 12, preview_every=4))
+        drawn: list[int] = []
+
+        def preview(trajectory: Trajectory) -> NDArray[np.uint8]:
+            drawn.append(trajectory.step_index)
+            return np.full((1, 1, 3), trajectory.step_index, np.uint8)
+
+        ticket = await engine.submit(_work(1, 12, preview_every=4, preview=preview))
         seen = [update async for update in ticket.updates()]
-        assert seen[-1].step == 12
-        latents = [update for update in seen if update.latent_CHW is not None]
-        assert latents and all(update.num_steps == 12 for update in seen)
+        assert seen[-1].step == 12 and all(update.num_steps == 12 for update in seen)
+        shown = [int(update.preview[0, 0, 0]) for update in seen if update.preview is not None]
+        assert drawn == [4, 8] and set(shown) <= {4, 8} and shown
 
     _with_engine(Machine(_free_rows), scenario)
+
+
+def test_whoever_waits_when_the_engine_ends_is_told() -> None:
+    async def run() -> None:
+        machine = Machine(_free_rows)
+        engine = Engine(machine, StepCosts(machine.seconds, 4), clock=lambda: machine.now)
+        task = asyncio.create_task(engine.run())
+        ticket = await engine.submit(_work(1, 10**3))
+        task.cancel()
+        with pytest.raises(Stopped):
+            await ticket.done
+        with pytest.raises(Refused, match="draining"):
+            await engine.submit(_work(2))
+
+    asyncio.run(run())
 
 
 def test_a_draining_engine_ends_what_it_has_and_takes_no_more() -> None:

@@ -13,8 +13,9 @@ from ldm.conditioning import ClassConditioner
 from ldm.image_tensors import from_model
 from ldm.objective import NoiseSchedule, Prediction
 from ldm.sampling import SCHEDULERS, Trajectory, denoise_step
-from pipelines.serve.engine import Engine, Work
+from pipelines.serve.engine import Engine
 from pipelines.serve.step_costs import LatentShape, StepCosts, timed
+from pipelines.serve.tickets import Work
 
 # diffusers 0.42 converts its sigmas in a way that numpy 2 will stop to accept.
 pytestmark = pytest.mark.filterwarnings(

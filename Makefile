@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10 or newer and pip, nothing else: they make .venv first.
+# `make demo` and `make test` need Python 3.11 or newer and pip, nothing else: they make .venv first.
 # PYTHON picks the interpreter that .venv is made with: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -27,8 +27,8 @@ venv: $(INSTALLED)
 # Where Python comes without ensurepip (Debian's without python3-venv), the interpreter's own pip
 # puts one into the environment. The stamp is written last, so a broken install is done again.
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-		{ echo "error: '$(PYTHON)' is not Python 3.10 or newer; set PYTHON, as in: make test PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "error: '$(PYTHON)' is not Python 3.11 or newer; set PYTHON, as in: make test PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || \
 		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python .venv install --quiet pip; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet \

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate by-f": ("jobs.evaluate_by_f", "quality of VAEs over bits per pixel, and their speed"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
     "savings": ("jobs.savings", "what latents save over pixels, beside what is usually claimed"),
+    "serve": ("jobs.serve", "serve images over HTTP: OpenAI's API, long jobs, and a page"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
     "upscale": ("jobs.upscale", "enlarge an image or a latent with a cascade of upsamplers"),
     "interpolate": ("jobs.interpolate", "images on the way between two images, latents or seeds"),

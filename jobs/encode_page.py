@@ -1,7 +1,7 @@
 """The page that `ldm encode` leaves behind: what one run did, and how fast."""
 
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from pipelines.encode.report import EncodeSummary, UnitReport
@@ -47,7 +47,7 @@ def publish_page(
     """Write ``runs/<time>.html`` into the dataset; returns its path there."""
     from jobs.pages import render, svg_of_line
 
-    begun = datetime.fromtimestamp(throughput.started_at, timezone.utc)
+    begun = datetime.fromtimestamp(throughput.started_at, UTC)
     page = render(
         "encode.html",
         summary=summary,

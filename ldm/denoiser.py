@@ -88,6 +88,7 @@ class Denoiser:
         noise: Tensor | None = None,
         x0: Tensor | None = None,
         first_step: int = 0,
+        mask: Tensor | None = None,
     ) -> Trajectory:
         """A trajectory of whitened latents; see `ldm.sampling.Trajectory`. seed: the options' unless given.
 
@@ -107,6 +108,7 @@ class Denoiser:
             noise=noise,
             x0=x0,
             first_step=first_step,
+            mask=mask,
         )
 
     def _conditions(self, class_name: str | None) -> tuple[Conditioning, Conditioning | None]:

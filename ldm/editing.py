@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.denoiser import DenoiseOptions, Denoiser, seed_noise
+from ldm.denoiser import DenoiseOptions, Denoiser
 from ldm.errors import UserError
-from ldm.sampling import Trajectory, denoise_step, sample
+from ldm.sampling import sample
 
 __all__ = ["first_step", "inpaint", "latent_mask", "sdedit"]
 
@@ -60,9 +60,8 @@ def inpaint(
 ) -> Tensor:
     """One latent for each seed (B, C, h, w): new where ``mask_hw`` (bool) is True, ``z`` itself elsewhere.
 
-    Before every step the known part is set to ``z`` at that step's noise level (RePaint: Lugmayr et al.
-    2022, algorithm 1 with U = 1), always with the noise that the seed began with, as diffusers' inpainting
-    has it. strength below 1 begins the masked part from ``z`` as `sdedit` does.
+    The known part is held as `ldm.sampling.Trajectory` does it. strength below 1 begins the masked part from
+    ``z`` as `sdedit` does.
     """
     if mask_hw.dtype != torch.bool or mask_hw.shape != z_Chw.shape[1:]:
         raise ValueError(f"mask {mask_hw.dtype} {tuple(mask_hw.shape)} for a latent {tuple(z_Chw.shape)}")
@@ -71,25 +70,11 @@ def inpaint(
     x0_Chw = whitening.normalise(z_Chw[None])[0]
     begin = first_step(strength, options.steps)
     trajectories = [
-        denoiser.trajectory(_shape(x0_Chw), options, seed=seed, x0=x0_Chw, first_step=begin)
+        denoiser.trajectory(_shape(x0_Chw), options, seed=seed, x0=x0_Chw, first_step=begin, mask=mask_hw)
         for seed in seeds_B
     ]
-    for start in range(0, len(trajectories), options.batch_size):
-        _denoise_around(denoiser, trajectories[start : start + options.batch_size], x0_Chw, mask_hw)
-    painted_BChw = whitening.denormalise(torch.stack([trajectory.latent for trajectory in trajectories]))
+    painted_BChw = whitening.denormalise(sample(denoiser.unet, trajectories, options.batch_size))
     return torch.where(mask_hw, painted_BChw, z_Chw)
-
-
-def _denoise_around(
-    denoiser: Denoiser, trajectories: Sequence[Trajectory], x0_Chw: Tensor, mask_hw: Tensor
-) -> None:
-    """Run trajectories, all at one step, to the end, with the known part held at their noise level."""
-    noises = [seed_noise(trajectory.shape, trajectory.seed) for trajectory in trajectories]
-    while not trajectories[0].done:
-        for trajectory, noise_Chw in zip(trajectories, noises, strict=True):
-            known_Chw = trajectory.noised(x0_Chw, noise_Chw)
-            trajectory.latent = torch.where(mask_hw, trajectory.latent, known_Chw)
-        denoise_step(denoiser.unet, trajectories)
 
 
 def latent_mask(mask_HW: Tensor, f: int) -> Tensor:

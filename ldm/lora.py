@@ -18,7 +18,7 @@ from ldm.seeds import keyed_seed
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-__all__ = ["LoraTraining", "add_adapter", "has_adapter", "merge_adapter", "save_adapter"]
+__all__ = ["LoraTraining", "add_adapter", "has_adapter", "merge_adapter", "put_adapter", "save_adapter"]
 
 
 class LoraTraining(BaseModel):
@@ -80,6 +80,23 @@ def save_adapter(unet: "UNet2DConditionModel", folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     unet.save_lora_adapter(partial)
     partial.rename(folder)
+
+
+def put_adapter(unet: "UNet2DConditionModel", folder: Path) -> None:
+    """Add an update, as `save_adapter` wrote it, to the weights.
+
+    UserError where it is missing, damaged or of another U-Net.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no adapter folder {str(folder)!r}", do="give the lora/ folder of a checkpoint")
+    try:
+        unet.load_lora_adapter(folder, prefix=None, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot put the adapter in {str(folder)!r} onto the U-Net: {reason}") from error
+    if not has_adapter(unet):
+        raise UserError(f"the adapter in {str(folder)!r} has nothing for this U-Net")
+    merge_adapter(unet)
 
 
 def _check_targets(unet: nn.Module, targets: tuple[str, ...]) -> None:

@@ -43,6 +43,9 @@ class Trajectory:
     ``x0``, ``first_step``: begin at that step, with ``x0`` noised to its level (SDEdit: Meng et al.
     2022, algorithm 1); at the number of steps it is ``x0`` itself, and done.
 
+    ``mask``: bool (H, W); where it is False the latent is kept at ``x0``, at the noise level of every step
+    and with the noise that the seed began with (RePaint: Lugmayr et al. 2022, algorithm 1 with U = 1).
+
     ``latent``: float32 (C, H, W), in the scheduler's own scale until ``done``; ``step_index``: steps
     taken so far.
 
@@ -62,8 +65,10 @@ class Trajectory:
     noise: Tensor | None = None
     x0: Tensor | None = None
     first_step: int = 0
+    mask: Tensor | None = None
     latent: Tensor = field(init=False, repr=False)
     step_index: int = field(init=False, default=0)
+    _noise: Tensor = field(init=False, repr=False)
     # What `denoised` follows from: input, prediction and timestep of the last step.
     _last_step: tuple[Tensor, Tensor, Tensor] | None = field(init=False, repr=False, default=None)
 
@@ -78,7 +83,9 @@ class Trajectory:
         self._generator = torch.Generator().manual_seed(self.seed)
         # Drawn whether or not it is used: the noise of the steps comes after it.
         drawn_CHW = torch.randn(self.shape, generator=self._generator)
-        self._begin((drawn_CHW if self.noise is None else self.noise).to(self.device))
+        self._noise = (drawn_CHW if self.noise is None else self.noise).to(self.device)
+        self._begin(self._noise)
+        self._keep_known()
 
     def _begin(self, noise_CHW: Tensor) -> None:
         self.step_index = self.first_step
@@ -157,6 +164,15 @@ class Trajectory:
         )
         self.latent = previous_1CHW[0]
         self.step_index += 1
+        self._keep_known()
+
+    def _keep_known(self) -> None:
+        if self.mask is None:
+            return
+        if self.x0 is None or self.mask.dtype != torch.bool or self.mask.shape != self.latent.shape[1:]:
+            raise ValueError(f"mask {self.mask.dtype} {tuple(self.mask.shape)}, latent {self.shape}")
+        known_CHW = self.noised(self.x0.to(self.device), self._noise)
+        self.latent = torch.where(self.mask.to(self.device), self.latent, known_CHW)
 
     def state(self) -> dict[str, Tensor]:
         """All that the coming steps depend on beside the arguments, on the CPU."""

@@ -60,7 +60,7 @@ class GenerationRequest(BaseModel):
     output_compression: Annotated[int, Field(ge=0, le=100)] = 100
     user: str | None = Field(None, max_length=200)
     stream: bool = False
-    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    partial_images: Annotated[int, Field(ge=0, le=50)] = 0
     background: Literal["auto", "opaque"] = "auto"
     moderation: Literal["auto", "low"] = "auto"
     style: Literal["vivid", "natural"] | None = None
@@ -73,6 +73,9 @@ class GenerationRequest(BaseModel):
     scheduler: str | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     upscale_to: PositiveInt | None = Field(None, description="longer side in pixels")
+    refresh_every: Annotated[int, Field(ge=1, le=10)] = Field(
+        1, description="1: the whole U-Net in every step; k: its deep part in every k-th, which is faster"
+    )
 
     @field_validator("scheduler")
     @classmethod

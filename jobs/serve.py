@@ -1,0 +1,110 @@
+"""``ldm serve``: the HTTP API and its page, with every stage on this machine or on a cluster."""
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, PositiveInt
+from pydantic_settings import CliPositionalArg
+
+from jobs.cluster import ClusterConfig, connected
+from jobs.config import JobConfig
+from ldm.errors import UserError
+from pipelines.serve.config import ModelSource, ServeConfig, ServeOptions
+
+if TYPE_CHECKING:
+    from pipelines.serve.application import Checked
+
+__all__ = ["ServeJob", "serving"]
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Stages mostly wait: with less, they would not all start on a small machine.
+SPARE_CPUS = 4
+APPLICATION = "ray-ldm"
+
+
+class ServeJob(ServeOptions, JobConfig):  # type: ignore[misc]  # both freeze, and forbid
+    """Serve MODEL over HTTP: OpenAI's image API, long jobs, and a page at /.
+
+    MODEL is a checkpoint of ldm train, or a diffusers folder. Runs until it is interrupted, and ends what is
+    on its way then. docs/serving.md describes the API.
+    """
+
+    model: CliPositionalArg[Path] = Field(description="checkpoint of ldm train, or a diffusers folder")
+    name: str = Field("default", description="by which requests name the model")
+    more_models: dict[str, ModelSource] = Field({}, description="others, by name, best in a YAML file")
+    host: str = "127.0.0.1"
+    port: PositiveInt = 8000
+    open_to_all: bool = Field(False, description="allow an address that others reach without API keys")
+    cluster: ClusterConfig = ClusterConfig()
+
+    def run(self) -> dict[str, object]:
+        """Serve; the address, when it is over."""
+        from pipelines.serve.application import Checked
+
+        checked = Checked(self.served)
+        self._check_open(checked)
+        url = f"http://{self.host}:{self.port}"
+        with serving(checked, self.cluster, self.host, self.port):
+            print(f"serving {self.name} at {url} (end it with Ctrl+C)", flush=True)
+            _wait_for_signal()
+            print("ending what is on its way", flush=True)
+        return {"url": url}
+
+    @property
+    def served(self) -> ServeConfig:
+        """What goes to Ray Serve."""
+        options = {name: getattr(self, name) for name in ServeOptions.model_fields}
+        models = {self.name: ModelSource(folder=self.model), **self.more_models}
+        return ServeConfig(models=models, **options)
+
+    def _check_open(self, checked: "Checked") -> None:
+        if checked.keys.is_open and self.host not in LOOPBACK and not self.open_to_all:
+            raise UserError(
+                f"no API keys, and {self.host} is an address that others reach",
+                allowed=f"without keys: {', '.join(LOOPBACK)}",
+                do="give --access.key-file or LDM_API_KEYS; or --open-to-all, if the network is yours alone",
+            )
+
+
+@contextmanager
+def serving(checked: "Checked", cluster: ClusterConfig, host: str, port: int) -> Iterator[None]:
+    """The server is up inside the block, and what is on its way is ended after it.
+
+    UserError where the port is taken, or where a stage cannot start.
+    """
+    _check_port(host, port)
+    with connected(cluster, spare_cpus=SPARE_CPUS):
+        from ray import serve
+
+        from pipelines.serve.application import application
+
+        serve.start(http_options={"host": host, "port": port})
+        try:
+            serve.run(application(checked), name=APPLICATION, route_prefix="/")
+            yield
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cannot serve at {host}:{port} ({error.strerror})", do="give another --port"
+            ) from error
+
+
+def _wait_for_signal() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()

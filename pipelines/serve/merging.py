@@ -1,0 +1,34 @@
+"""Several streams of events as one."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
+
+__all__ = ["merged"]
+
+Event = TypeVar("Event")
+
+
+async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:
+    """(index of the stream, event), as they come. The first error of any ends all of them."""
+    coming: dict[asyncio.Task[Event], int] = {}
+
+    def ask(index: int) -> None:
+        coming[asyncio.ensure_future(anext(streams[index]))] = index
+
+    for index in range(len(streams)):
+        ask(index)
+    try:
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=coming.__getitem__):
+                index = coming.pop(task)
+                if isinstance(task.exception(), StopAsyncIteration):
+                    continue
+                yield index, task.result()
+                ask(index)
+    finally:
+        for task in coming:
+            task.cancel()
+        if coming:
+            await asyncio.wait(coming)

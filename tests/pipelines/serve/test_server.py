@@ -1,0 +1,265 @@
+"""The whole server, by the clients that people have: `openai`, and plain HTTP."""
+
+import base64
+import io
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+from openai import APIStatusError, OpenAI
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from ldm.images import encode_png
+from pipelines.serve.config import ServeConfig
+
+# The server runs in other processes, which the shared cluster keeps; nothing of theirs ends here.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def client(server_url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server_url, timeout=DEADLINE_S) as http:
+        yield http
+
+
+def _pixels(b64_json: str | None) -> NDArray[np.uint8]:
+    assert b64_json is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))))
+
+
+def _alone(config: ServeConfig, label: int, seed: int, steps: int, guidance: float) -> NDArray[np.uint8]:
+    """What diffusers' own scheduler makes in a plain loop."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    from ldm import autoencoder, checkpoint, unet
+    from ldm.image_tensors import from_model
+
+    folder = config.models["v_prediction"].folder
+    info, model = checkpoint.read_info(folder), unet.load(folder).eval()
+    scheduler = DDIMScheduler.from_config(checkpoint.read_scheduler_config(folder), clip_sample=False)
+    scheduler.set_timesteps(steps)
+    x = torch.randn((1, *info.latent_shape), generator=torch.Generator().manual_seed(seed))
+    assert info.class_names is not None
+    labels = torch.tensor([label, len(info.class_names)])
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            yes, no = model(
+                torch.cat([x, x]), timestep, encoder_hidden_states=None, class_labels=labels
+            ).sample
+            x = scheduler.step((no + guidance * (yes - no))[None], timestep, x).prev_sample
+    decoded = autoencoder.load(info.vae).decode(info.whitening.denormalise(x))
+    return from_model(decoded)[0]
+
+
+def _same(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
+    difference = np.abs(a.astype(int) - b.astype(int))
+    return bool(difference.max() <= 1 and (difference == 0).mean() >= 0.999)
+
+
+def test_images_are_what_diffusers_own_loop_makes(client: OpenAI, served_config: ServeConfig) -> None:
+    made = client.images.generate(
+        prompt="dog", n=3, extra_body={"seed": 11, "num_inference_steps": 8, "guidance_scale": 2.5}
+    )
+    assert made.data is not None and len(made.data) == 3
+    for offset, image in enumerate(made.data):
+        assert _same(_pixels(image.b64_json), _alone(served_config, 1, 11 + offset, 8, 2.5))
+
+
+def test_models_tell_what_they_take(client: OpenAI) -> None:
+    models = {model.id: model.to_dict() for model in client.models.list()}
+    assert set(models) == {"v_prediction", "flow"}
+    assert models["v_prediction"]["classes"] == ["cat", "dog"]
+    assert models["flow"]["schedulers"] == ["flow_euler"]
+    assert client.models.retrieve("flow").id == "flow"
+
+
+def test_another_model_by_its_name(client: OpenAI) -> None:
+    made = client.images.generate(prompt="", model="flow", extra_body={"num_inference_steps": 4})
+    assert made.data is not None and _pixels(made.data[0].b64_json).shape == (32, 32, 3)
+
+
+def test_a_stream_has_previews_and_then_the_image(client: OpenAI) -> None:
+    asked = {"seed": 3, "num_inference_steps": 24}
+    events = list(client.images.generate(prompt="cat", stream=True, partial_images=3, extra_body=asked))
+    kinds = [event.type for event in events]
+    assert kinds[-1] == "image_generation.completed"
+    assert kinds[:-1] == ["image_generation.partial_image"] * len(kinds[:-1]) and 1 <= len(kinds) - 1 <= 3
+    assert _pixels(events[0].b64_json).shape == (8, 8, 3)
+    whole = client.images.generate(prompt="cat", extra_body=asked)
+    assert whole.data is not None
+    assert np.array_equal(_pixels(events[-1].b64_json), _pixels(whole.data[0].b64_json))
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_other_formats(client: OpenAI, output_format: str) -> None:
+    made = client.images.generate(
+        prompt="", output_format=output_format, output_compression=80, extra_body={"num_inference_steps": 2}
+    )  # type: ignore[call-overload]
+    file = base64.b64decode(made.data[0].b64_json)
+    assert Image.open(io.BytesIO(file)).format == output_format.upper()
+
+
+def test_an_edit_leaves_alone_what_the_mask_covers(client: OpenAI, photo: Callable[[int], bytes]) -> None:
+    rgba = np.zeros((32, 40, 4), np.uint8)
+    rgba[..., 3] = 255
+    rgba[8:24, 8:24, 3] = 0
+    buffer = io.BytesIO()
+    Image.fromarray(rgba).save(buffer, "PNG")
+    edited = client.images.edit(
+        image=("image.png", photo(1)),
+        mask=("mask.png", buffer.getvalue()),
+        prompt="dog",
+        extra_body={"seed": 1, "num_inference_steps": 6},
+    )
+    assert edited.data is not None
+    before = np.asarray(Image.open(io.BytesIO(photo(1))).convert("RGB"))
+    after = _pixels(edited.data[0].b64_json)
+    changed = (after != before).any(axis=2)
+    assert changed[8:24, 8:24].mean() > 0.9
+    changed[8:24, 8:24] = False
+    assert not changed.any()
+
+
+def test_a_job_makes_the_same_image(http: httpx.Client, client: OpenAI) -> None:
+    body = {"prompt": "cat", "seed": 21, "num_inference_steps": 10}
+    job = http.post("/v1/jobs", json=body)
+    assert job.status_code == 202
+    path = f"/v1/jobs/{job.json()['id']}"
+    end = time.monotonic() + DEADLINE_S
+    while (found := http.get(path).json())["status"] not in ("completed", "failed"):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    assert found["status"] == "completed" and found["size"] == "32x32" and found["progress"] == 1
+    made = client.images.generate(prompt="cat", extra_body=body | {"prompt": "cat"})
+    assert made.data is not None
+    content = http.get(f"{path}/content")
+    assert content.headers["content-type"] == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content.content))), _pixels(made.data[0].b64_json))
+    assert "512" in http.get(f"{path}/tiles.dzi").text
+    assert http.get(f"{path}/tiles_files/0/0_0.jpg").headers["content-type"] == "image/jpeg"
+    assert http.get(f"{path}/preview").headers["content-type"] == "image/png"
+    assert path.endswith(http.get("/v1/jobs").json()["data"][0]["id"])
+
+
+def test_a_cancelled_job_stops(http: httpx.Client) -> None:
+    path = f"/v1/jobs/{http.post('/v1/jobs', json={'num_inference_steps': 1000}).json()['id']}"
+    http.post(f"{path}/cancel")
+    end = time.monotonic() + DEADLINE_S
+    while (found := http.get(path).json())["status"] != "cancelled":
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+
+
+BAD = {
+    "size": ({"size": "100000x10000"}, 400),
+    "steps": ({"num_inference_steps": 10**9}, 400),
+    "seed": ({"seed": 2**70}, 400),
+    "n": ({"n": 10**6}, 400),
+    "class": ({"class_label": 99}, 400),
+    "scheduler": ({"scheduler": "flow_euler"}, 400),
+    "model": ({"model": "gpt-image-1"}, 404),
+    "unknown field": ({"sead": 1}, 400),
+    "upscale": ({"upscale_to": 8192}, 400),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_told_what_is_allowed(client: OpenAI, name: str) -> None:
+    body, status = BAD[name]
+    with pytest.raises(APIStatusError) as refused:
+        client.images.generate(prompt="", extra_body=body)
+    assert refused.value.status_code == status
+    assert len(refused.value.message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"guidance_scale": NaN}', b"[" * 10_000, b"\xff\xfe", b"", b'{"n": {"n": 1}}', b"null"]
+)
+def test_hostile_json(http: httpx.Client, body: bytes) -> None:
+    answer = http.post("/v1/images/generations", content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_not_read(server_url: str) -> None:
+    url = httpx.URL(server_url)
+    with socket.create_connection((url.host, url.port), timeout=DEADLINE_S) as connection:
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {2**30}\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(64).startswith(b"HTTP/1.1 413")
+
+
+def test_a_bomb_and_a_mask_of_another_size(client: OpenAI, photo: Callable[[int], bytes]) -> None:
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    for files in (
+        {"image": ("bomb.png", bomb.getvalue())},
+        {"image": ("image.png", photo(1)), "mask": ("mask.png", encode_png(np.zeros((8, 8, 3), np.uint8)))},
+        {"image": ("image.png", b"not an image")},
+    ):
+        with pytest.raises(APIStatusError) as refused:
+            client.images.edit(prompt="", **files)  # type: ignore[call-overload]
+        assert refused.value.status_code == 400
+
+
+def _is_sampler(process: psutil.Process) -> bool:
+    return any("ServeReplica" in part and "sampler" in part for part in process.info["cmdline"] or ())
+
+
+def test_no_request_fails_when_a_sampler_is_killed(client: OpenAI) -> None:
+    asked = {"seed": 5, "num_inference_steps": 400}
+    undisturbed = client.images.generate(prompt="cat", extra_body=asked)
+    with ThreadPoolExecutor(4) as threads:
+        # Another deadline is another request to the cache, and the same image.
+        pending = [
+            threads.submit(
+                client.images.generate, prompt="cat", extra_body={**asked, "seed": 5 + index, "user": "u"}
+            )
+            for index in range(1, 5)
+        ]
+        time.sleep(0.5)
+        replicas = [process for process in psutil.process_iter(["name", "cmdline"]) if _is_sampler(process)]
+        assert replicas
+        for replica in replicas:
+            replica.send_signal(signal.SIGKILL)
+        assert all(request.result(DEADLINE_S).data for request in pending)
+    again = client.images.generate(prompt="cat", extra_body={**asked, "output_compression": 99})
+    assert undisturbed.data is not None and again.data is not None
+    assert _same(_pixels(again.data[0].b64_json), _pixels(undisturbed.data[0].b64_json))
+
+
+def test_metrics_are_what_prometheus_reads(http: httpx.Client, client: OpenAI) -> None:
+    client.images.generate(prompt="", extra_body={"num_inference_steps": 2})
+    wanted = {"ray_ldm_serve_step_seconds", "ray_ldm_serve_queue_seconds", "ray_ldm_serve_batch_fill"}
+    end = time.monotonic() + DEADLINE_S
+    while True:
+        families = {family.name for family in text_string_to_metric_families(http.get("/metrics").text)}
+        if wanted <= families:
+            break
+        assert time.monotonic() < end, families
+        time.sleep(0.5)
+
+
+def test_health_and_the_page(http: httpx.Client) -> None:
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert http.get("/readyz").status_code == 200
+    page = http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert http.get("/page/app.js").status_code == 200
+    assert http.get("/page/../../config.py").status_code == 404

@@ -4,7 +4,7 @@ A card has no weights. It goes wherever a request is checked, and says where the
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,10 +12,14 @@ from ldm import autoencoder as autoencoders
 from ldm import checkpoint, unet
 from ldm.conditioning import ClassConditioner, Conditioning
 from ldm.errors import UserError
+from ldm.feature_reuse import check_cut
 from ldm.latents import Whitening
 from ldm.objective import kind_of
 from ldm.sampling import Trajectory
 from ldm.schedulers import SCHEDULERS, default_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["ModelCard", "read_card"]
 
@@ -25,9 +29,11 @@ class ModelCard(BaseModel):
 
     latent_shape: (C, h, w) it was trained on; f: pixels per latent along a side; vae: as for
     `ldm.autoencoder.load`; shift, scale: `ldm.latents.Whitening`; size_multiple: of a latent's sides;
-    fingerprint: `ldm.unet.fingerprint`. What it is conditioned on: class_names, or text by text_encoder (as
-    for `ldm.text.load_text_encoder`; padded_text: padded to the encoder's length, and guided by the empty
-    text, as Stable Diffusion has it; embedding_width: its features), or nothing.
+    fingerprint: `ldm.unet.fingerprint`; can_reuse: whether `ldm.feature_reuse` can cut it.
+
+    What it is conditioned on: class_names; or text by text_encoder (as for `ldm.text.load_text_encoder`),
+    whose embeddings have embedding_width features, with padded_text padded to the encoder's length and guided
+    by the empty text, as Stable Diffusion has it; or nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +53,7 @@ class ModelCard(BaseModel):
     text_fingerprint: str | None = None
     padded_text: bool = False
     embedding_width: int | None = None
+    can_reuse: bool = True
 
     @property
     def whitening(self) -> Whitening:
@@ -130,6 +137,7 @@ def _of_checkpoint(folder: Path, vae: str | None) -> ModelCard:
         fingerprint=unet.fingerprint(model),
         latent_shape=info.latent_shape,
         size_multiple=unet.size_multiple(model),
+        can_reuse=_can_reuse(model),
         f=autoencoder.f,
         vae=source,
         vae_fingerprint=info.vae_fingerprint,
@@ -153,6 +161,7 @@ def _of_stable_diffusion(folder: Path, vae: str | None) -> ModelCard:
         fingerprint=unet.fingerprint(model),
         latent_shape=(autoencoder.channels, side, side),
         size_multiple=unet.size_multiple(model),
+        can_reuse=_can_reuse(model),
         f=autoencoder.f,
         vae=source,
         vae_fingerprint=autoencoder.fingerprint,
@@ -163,3 +172,11 @@ def _of_stable_diffusion(folder: Path, vae: str | None) -> ModelCard:
         padded_text=True,
         embedding_width=int(model.config["cross_attention_dim"]),
     )
+
+
+def _can_reuse(model: "UNet2DConditionModel") -> bool:
+    try:
+        check_cut(model)
+    except UserError:
+        return False
+    return True

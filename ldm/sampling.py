@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning, concat
 from ldm.errors import UserError
+from ldm.feature_reuse import predict_reusing
 from ldm.objective import NoiseSchedule
 from ldm.schedulers import SCHEDULERS, add_noise, go_on, history, start
 from ldm.unet import predict
@@ -46,6 +47,9 @@ class Trajectory:
     ``mask``: bool (H, W); where it is False the latent is kept at ``x0``, at the noise level of every step
     and with the noise that the seed began with (RePaint: Lugmayr et al. 2022, algorithm 1 with U = 1).
 
+    ``refresh_every``: run the whole U-Net at every step that is a multiple of it, and in between only what
+    is shallow (`ldm.feature_reuse`): faster, and another image; 1 is none of that.
+
     ``latent``: float32 (C, H, W), in the scheduler's own scale until ``done``; ``step_index``: steps
     taken so far.
 
@@ -66,9 +70,12 @@ class Trajectory:
     x0: Tensor | None = None
     first_step: int = 0
     mask: Tensor | None = None
+    refresh_every: int = 1
     latent: Tensor = field(init=False, repr=False)
     step_index: int = field(init=False, default=0)
     _noise: Tensor = field(init=False, repr=False)
+    # Of its rows of a U-Net call, the conditional and the unconditional one.
+    _deep: list[Tensor] = field(init=False, repr=False, default_factory=list)
     # What `denoised` follows from: input, prediction and timestep of the last step.
     _last_step: tuple[Tensor, Tensor, Tensor] | None = field(init=False, repr=False, default=None)
 
@@ -141,6 +148,17 @@ class Trajectory:
         t_1 = timestep[None] if schedule.kind == "flow" else timestep[None].round().long()
         return schedule.to_x0(x_CHW[None], prediction_CHW[None], t_1)[0]
 
+    @property
+    def reusable(self) -> list[Tensor | None]:
+        """For each of its rows of the next call: a deep feature in place of the deep blocks, or None."""
+        num_rows = 2 if self.guided else 1
+        is_due = (self.step_index - self.first_step) % self.refresh_every == 0
+        return [None] * num_rows if is_due or not self._deep else list(self._deep)
+
+    def keep(self, deep: Sequence[Tensor]) -> None:
+        """The deep feature of each of its rows."""
+        self._deep = list(deep)
+
     def noised(self, x0_CHW: Tensor, noise_CHW: Tensor) -> Tensor:
         """``x0`` as noisy as ``latent`` is now, in the scheduler's own scale; ``x0`` itself when done."""
         if self.done:
@@ -182,6 +200,7 @@ class Trajectory:
             "step_index": torch.tensor(self.step_index),
             "generator": self._generator.get_state(),
             **{f"remembered_{index}": output[0].cpu() for index, output in enumerate(remembered)},
+            **{f"deep_{index}": deep_CHW.cpu() for index, deep_CHW in enumerate(self._deep)},
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -189,8 +208,12 @@ class Trajectory:
         self.latent = state["latent"].to(self.device)
         self.step_index = int(state["step_index"])
         self._generator.set_state(state["generator"])
-        names = sorted(name for name in state if name.startswith("remembered_"))
-        go_on(self._scheduler, self.step_index, [state[name][None].to(self.device) for name in names])
+        go_on(self._scheduler, self.step_index, [each[None] for each in self._numbered(state, "remembered")])
+        self.keep(self._numbered(state, "deep"))
+
+    def _numbered(self, state: Mapping[str, Tensor], kind: str) -> list[Tensor]:
+        names = sorted(name for name in state if name.startswith(f"{kind}_"))
+        return [state[name].to(self.device) for name in names]
 
 
 @torch.no_grad()
@@ -199,7 +222,8 @@ def denoise_step(unet: nn.Module, trajectories: Sequence[Trajectory]) -> None:
 
     They may be at different steps and have different schedulers, guidance and conditions; latent
     shapes and the kind of condition must agree. The call has a row for each trajectory, and a
-    second, unconditional one for each that is guided. Raises ValueError if one is done.
+    second, unconditional one for each that is guided. Raises ValueError if one is done, UserError for one
+    that reuses features of a U-Net that cannot be cut.
     """
     guided = [index for index, trajectory in enumerate(trajectories) if trajectory.guided]
     rows = [*range(len(trajectories)), *guided]
@@ -207,17 +231,39 @@ def denoise_step(unet: nn.Module, trajectories: Sequence[Trajectory]) -> None:
     timesteps = [trajectory.timestep.float() for trajectory in trajectories]
     conditions = [trajectory.condition for trajectory in trajectories]
     nulls = [t.null for t in trajectories if t.guided and t.null is not None]
-    prediction_NCHW = predict(
-        unet,
+    call = (
         torch.stack([inputs[index] for index in rows]),
         torch.stack([timesteps[index] for index in rows]),
         concat(conditions + nulls),
     )
+    if any(trajectory.refresh_every > 1 for trajectory in trajectories):
+        prediction_NCHW = _predict_reusing(unet, *call, trajectories, guided)
+    else:
+        prediction_NCHW = predict(unet, *call)
     predictions = list(prediction_NCHW[: len(trajectories)])
     for index, unconditional_CHW in zip(guided, prediction_NCHW[len(trajectories) :], strict=True):
         predictions[index] = _guide(predictions[index], unconditional_CHW, trajectories[index].guidance)
     for trajectory, prediction_CHW in zip(trajectories, predictions, strict=True):
         trajectory.advance(prediction_CHW)
+
+
+def _predict_reusing(
+    unet: nn.Module,
+    x_NCHW: Tensor,
+    timestep_N: Tensor,
+    conditioning: Conditioning,
+    trajectories: Sequence[Trajectory],
+    guided: Sequence[int],
+) -> Tensor:
+    """`predict`, with what each trajectory can reuse, and for each what it can reuse next."""
+    deep = [trajectory.reusable for trajectory in trajectories]
+    deep_N = [rows[0] for rows in deep] + [deep[index][1] for index in guided]
+    prediction_NCHW, found_N = predict_reusing(unet, x_NCHW, timestep_N, conditioning, deep_N)
+    unconditional = dict(zip(guided, found_N[len(trajectories) :], strict=True))
+    for index, trajectory in enumerate(trajectories):
+        second = [unconditional[index]] if index in unconditional else []
+        trajectory.keep([found_N[index], *second])
+    return prediction_NCHW
 
 
 def sample(unet: nn.Module, trajectories: Sequence[Trajectory], batch_size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from pipelines.serve.stages import StageFailed
 
 __all__ = ["image_routes"]
 
+LOG = logging.getLogger("ldm.serve")
 PREFIX = "image_generation"
 
 
@@ -69,6 +71,8 @@ def image_routes(server: Server) -> APIRouter:
 
 async def _answer(server: Server, request: GenerationRequest, edit: EditInput | None) -> Response:
     plans = planned(request, server)
+    if server.config.log_prompts:
+        LOG.info("prompt %r, negative prompt %r", request.prompt, request.negative_prompt)
     async with asyncio.timeout(server.config.request_timeout_s):
         images = await _begun(server.maker, request, plans, edit)
         if not request.stream:

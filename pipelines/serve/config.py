@@ -69,6 +69,9 @@ class SamplerPool(StagePool):
     """Of the sampler, whose replicas batch."""
 
     max_rows: PositiveInt = Field(32, description="of a U-Net call; fewer, where more do not pay")
+    max_slowdown: PositiveFloat | None = Field(
+        None, description="refuse whoever would take longer than so many times what it takes alone"
+    )
     max_models: PositiveInt = Field(2, description="models that a replica holds; the one used last stays")
 
 

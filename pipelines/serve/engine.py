@@ -38,9 +38,10 @@ class Engine:
     """Takes steps of whatever it is given; `run` has to run as a task.
 
     step: `ldm.sampling.denoise_step` for a U-Net. costs: of its calls. max_requests: accepted and not done.
-    patience: a request without a deadline is due after so many times the time that it takes alone, which
-    orders it among others and is no promise. thread: the one in which torch is called; engines on one device
-    share it.
+    max_slowdown: who would take longer than so many times what it takes alone, or make others take longer, is
+    refused; None: whoever waits, waits. patience: a request without a deadline is due after so many times the
+    time that it takes alone, which orders it among others and is no promise. thread: in which torch is
+    called; engines on one device share it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Engine:
         costs: StepCosts,
         *,
         max_requests: int = 256,
+        max_slowdown: float | None = None,
         patience: float = 5.0,
         observer: Observer | None = None,
         thread: ThreadPoolExecutor | None = None,
@@ -56,7 +58,7 @@ class Engine:
     ) -> None:
         self._step, self._costs, self._clock = step, costs, clock
         self._observer = observer or Observer()
-        self.max_requests, self.patience = max_requests, patience
+        self.max_requests, self.max_slowdown, self.patience = max_requests, max_slowdown, patience
         self._tickets: dict[LatentShape, list[Ticket]] = {}
         self._turns: deque[LatentShape] = deque()
         self._credit_s: dict[LatentShape, float] = {}
@@ -124,13 +126,25 @@ class Engine:
     def _objection(self, ticket: Ticket, now: float) -> Reason | None:
         if self._draining:
             return "draining"
-        if self.num_requests >= self.max_requests:
+        if self.num_requests >= self.max_requests or not self._has_room(ticket.work):
             return "full"
         others = self._tickets.get(ticket.work.shape, [])
         accepted = [self._load(other) for other in others]
         if harms(self._load(ticket), accepted, now, self._lanes(ticket)):
             return "deadline"
         return None
+
+    def _has_room(self, work: Work) -> bool:
+        """Whether nobody is slowed down too much, if each shape has one call for all of it."""
+        if self.max_slowdown is None or not self._tickets:
+            return True
+        rows = {shape: [ticket.work.rows for ticket in tickets] for shape, tickets in self._tickets.items()}
+        rows[work.shape] = [*rows.get(work.shape, []), work.rows]
+        allowed = self.max_slowdown / len(rows)
+        return all(
+            sum(each) <= self._costs.rows_within(shape, allowed * self._costs.seconds(shape, min(each)))
+            for shape, each in rows.items()
+        )
 
     def _add(self, ticket: Ticket) -> None:
         shape = ticket.work.shape

@@ -67,7 +67,7 @@ class Guard:
     """An ASGI app around ``app``, in `Identified`.
 
     Puts into ``scope["state"]``: ``principal``, the key's name or ``anonymous``, and ``request_id``. clock:
-    of the rates, in seconds. Websockets are closed, as the API has none.
+    of the rates, in seconds. echoes_id: as `Identified` has it. Websockets are closed, as the API has none.
     """
 
     def __init__(
@@ -76,12 +76,13 @@ class Guard:
         config: AccessConfig,
         keys: KeyRing,
         *,
+        echoes_id: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.app, self.config, self.keys = app, config, keys
         self.rates = Rates(_allowances(config, keys), clock=clock)
         self.open_paths = OPEN_PATHS | ({METRICS} if config.open_metrics else set())
-        self._identified = Identified(self._answer)
+        self._identified = Identified(self._answer, echoes_id=echoes_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -75,6 +75,8 @@ def plan_images(
     card = cards[model]
     size_px = request.size_px or card.size_px
     _check_multiple(size_px, card)
+    if request.refresh_every > 1 and not card.can_reuse:
+        raise Refusal(f"refresh_every {request.refresh_every} for this model; allowed: 1", "refresh_every")
     first = ImagePlan(
         model=model,
         size_px=size_px,

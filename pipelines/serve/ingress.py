@@ -22,7 +22,6 @@ from pipelines.serve.guard import Guard
 from pipelines.serve.image_maker import ImageMaker, ResultCache
 from pipelines.serve.job_store import JobStore
 from pipelines.serve.keys import KeyRing
-from pipelines.serve.request_id import RequestIdFilter
 from pipelines.serve.server import Server
 from pipelines.serve.stage_metrics import RequestMetrics
 from pipelines.serve.stages import Handle, Stages
@@ -41,7 +40,7 @@ class Ingress:
         runner: Handle,
         **stages: Any,
     ) -> None:
-        _log_request_ids()
+        _log_as_ray_does()
         metrics = RequestMetrics()
         self.server = Server(
             config=config,
@@ -72,7 +71,8 @@ def api(server: Server) -> ASGIApp:
     for routes in (image_routes(server), job_routes(server), model_routes(server)):
         app.include_router(routes)
     app.mount("/page", StaticFiles(directory=PAGE))
-    guarded: ASGIApp = Guard(app, server.config.access, server.keys)
+    # Ray Serve's proxy puts the id into every answer.
+    guarded: ASGIApp = Guard(app, server.config.access, server.keys, echoes_id=False)
     origins = server.config.access.allowed_origins
     if origins:
         return CORSMiddleware(
@@ -91,6 +91,9 @@ async def _is_ready() -> bool:
     return all(application.status == "RUNNING" for application in status.applications.values())
 
 
-def _log_request_ids() -> None:
-    for handler in logging.getLogger("ray.serve").handlers:
-        handler.addFilter(RequestIdFilter())
+def _log_as_ray_does() -> None:
+    """Our lines into the replica's own log."""
+    ours = logging.getLogger("ldm.serve")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.handlers = logging.getLogger("ray.serve").handlers

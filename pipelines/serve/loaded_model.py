@@ -47,6 +47,7 @@ class LoadedModel:
         *,
         max_rows: int,
         max_requests: int,
+        max_slowdown: float | None = None,
         observer: Observer | None = None,
         engine: type[Engine] = Engine,
     ) -> "LoadedModel":
@@ -60,7 +61,14 @@ class LoadedModel:
         step = partial(denoise_step, model)
         costs = StepCosts(timed(step, partial(_for_timing, card, device)), max_rows)
         await loop.run_in_executor(thread, costs.calibrate, card.latent_shape)
-        made = engine(step, costs, max_requests=max_requests, observer=observer, thread=thread)
+        made = engine(
+            step,
+            costs,
+            max_requests=max_requests,
+            max_slowdown=max_slowdown,
+            observer=observer,
+            thread=thread,
+        )
         return cls(card, made, preview, device)
 
     def work(self, request: SampleRequest, deadline_s: float | None) -> Work:
@@ -115,6 +123,7 @@ class LoadedModel:
             x0=x0_Chw,
             first_step=_first_step(request),
             mask=mask_hw,
+            refresh_every=request.refresh_every,
         )
 
     def _draw(self, trajectory: Trajectory) -> NDArray[np.uint8]:

@@ -55,12 +55,13 @@ class Identified:
     are to obey. What ``app`` raises is logged, answered with 500 where no answer has begun, and raised again.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, *, echoes_id: bool = True) -> None:
+        """echoes_id: False where whatever stands before this puts the id into the answer."""
+        self.app, self.echoes_id = app, echoes_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        reply = _Reply(send, _accepted_or_new(Headers(scope=scope).get(HEADER)))
+        reply = _Reply(send, _accepted_or_new(Headers(scope=scope).get(HEADER)), self.echoes_id)
         scope.setdefault("state", {})["request_id"] = reply.request_id
         token = request_id.set(reply.request_id)
         try:
@@ -78,8 +79,8 @@ class Identified:
 class _Reply:
     """The answer to a request: adds what all answers have, and remembers the status; None: not begun."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self.request_id = send, request_id
+    def __init__(self, send: Send, request_id: str, echoes_id: bool) -> None:
+        self._send, self.request_id, self._echoes_id = send, request_id, echoes_id
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
@@ -88,7 +89,8 @@ class _Reply:
             message.setdefault("headers", [])
             headers = MutableHeaders(scope=message)
             headers.update(FOR_BROWSERS)
-            headers[HEADER] = self.request_id
+            if self._echoes_id:
+                headers[HEADER] = self.request_id
         await self._send(message)
 
 

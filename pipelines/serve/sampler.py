@@ -81,6 +81,7 @@ class Sampler:
             self.thread,
             max_rows=self.pool.max_rows,
             max_requests=self.pool.max_ongoing,
+            max_slowdown=self.pool.max_slowdown,
             observer=self.metrics,
         )
         self._models.append(model)

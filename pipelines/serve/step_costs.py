@@ -6,10 +6,10 @@ the latent's size, the model and the machine.
 """
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 from typing import TypeAlias
 
@@ -86,6 +86,10 @@ class StepCosts:
         """Expected of a call."""
         known = self._shapes[shape]
         return known.calibrated(rows) * known.drift
+
+    def rows_within(self, shape: LatentShape, seconds: float) -> int:
+        """The most rows, up to ``max_rows``, of a call that takes no longer; 0 where none does."""
+        return bisect_right(range(1, self.max_rows + 1), seconds, key=partial(self.seconds, shape))
 
     def best_rows(self, shape: LatentShape) -> int:
         """The fewest rows at which a row costs hardly more than in the best batch."""

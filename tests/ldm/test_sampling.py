@@ -355,3 +355,57 @@ def test_a_prediction_of_another_shape_is_refused() -> None:
 def test_sampling_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="need trajectories"):
         sample(Recorder(), [], batch_size=1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_features_are_reused_by_each_at_its_own_steps_whatever_the_company(
+    unet: nn.Module, guidance: float
+) -> None:
+    """Rows of the deep blocks are counted: in 4 of 10 steps at every third, in all where nothing is reused."""
+    rows: list[int] = []
+    counting = unet.mid_block.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))  # type: ignore[union-attr,operator]
+    try:
+        reusing = {"steps": 10, "guidance": guidance, "refresh_every": 3}
+        alone = sample(unet, [trajectory("ddim", seed=5, **reusing)], batch_size=1)  # type: ignore[arg-type]
+        per_step = 2 if guidance != 1.0 else 1
+        assert sum(rows) == 4 * per_step
+        company = [trajectory("ddim", seed=1, steps=7), trajectory("ddim", seed=5, **reusing)]  # type: ignore[arg-type]
+        rows.clear()
+        # One has taken two steps when the other comes.
+        for _ in range(2):
+            denoise_step(unet, company[:1])
+        together = sample(unet, company, batch_size=2)
+        assert sum(rows) == 7 + 4 * per_step
+    finally:
+        counting.remove()
+    torch.testing.assert_close(together[1], alone[0], rtol=1e-4, atol=1e-4)
+    plain = sample(unet, [trajectory("ddim", seed=5, steps=10, guidance=guidance)], batch_size=1)
+    assert not torch.allclose(plain, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_one_that_reuses_features_goes_on_from_its_state(unet: nn.Module) -> None:
+    options = {"steps": 7, "guidance": 2.0, "refresh_every": 4}
+    whole, first = (trajectory("dpmpp", **options) for _ in range(2))  # type: ignore[arg-type]
+    sample(unet, [whole], batch_size=1)
+    for _ in range(3):
+        denoise_step(unet, [first])
+    second = trajectory("dpmpp", **options)  # type: ignore[arg-type]
+    second.restore(first.state())
+    assert torch.equal(sample(unet, [second], batch_size=1)[0], whole.latent)
+
+
+@pytest.mark.parametrize(("scheduler", "prediction"), [("ddim", "epsilon"), ("euler", "v_prediction")])
+def test_the_clean_latent_that_a_perfect_prediction_implies_is_the_clean_latent(
+    scheduler: str, prediction: Prediction
+) -> None:
+    x0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    config = config_for(scheduler, prediction)
+    moving = trajectory(scheduler, scheduler_config=config, x0=x0, first_step=2, steps=8)
+    with pytest.raises(ValueError, match="no step"):
+        _ = moving.denoised
+    schedule = NoiseSchedule.from_scheduler_config(config)
+    timestep = moving.timestep.round().long()[None]
+    alpha, sigma = schedule.coefficients(timestep, torch.float32)
+    noise = (moving.model_input() - alpha * x0) / sigma
+    moving.advance(noise if prediction == "epsilon" else alpha * noise - sigma * x0)
+    torch.testing.assert_close(moving.denoised, x0, rtol=1e-3, atol=1e-3)

@@ -69,12 +69,18 @@ def _with_engine(
     *,
     max_rows: int = 4,
     max_requests: int = 100,
+    max_slowdown: float | None = None,
     observer: Observer | None = None,
 ) -> None:
     async def run() -> None:
         costs = StepCosts(machine.seconds, max_rows)
         engine = Engine(
-            machine, costs, max_requests=max_requests, observer=observer, clock=lambda: machine.now
+            machine,
+            costs,
+            max_requests=max_requests,
+            max_slowdown=max_slowdown,
+            observer=observer,
+            clock=lambda: machine.now,
         )
         task = asyncio.create_task(engine.run())
         try:
@@ -302,3 +308,19 @@ def test_a_draining_engine_ends_what_it_has_and_takes_no_more() -> None:
             await engine.submit(_work(2))
 
     _with_engine(Machine(_free_rows), scenario)
+
+
+def test_nobody_is_slowed_down_by_more_than_is_allowed() -> None:
+    """A call of four rows takes 2.5 times one of a single row: with a slowdown of 2, three may share it."""
+
+    async def scenario(engine: Engine) -> None:
+        tickets = [await engine.submit(_work(seed, 10)) for seed in (1, 2, 3)]
+        with pytest.raises(Refused, match="full"):
+            await engine.submit(_work(4, 10))
+        with pytest.raises(Refused, match="full"):
+            await engine.submit(_work(5, 10, shape=LARGE))
+        await asyncio.gather(*(ticket.done for ticket in tickets))
+        await asyncio.sleep(0.05)
+        await (await engine.submit(_work(4, 10))).done
+
+    _with_engine(Machine(lambda _, rows: 0.5 + 0.5 * rows), scenario, max_slowdown=2.0)

@@ -257,7 +257,9 @@ def test_metrics_are_what_prometheus_reads(http: httpx.Client, client: OpenAI) -
 
 
 def test_health_and_the_page(http: httpx.Client) -> None:
-    assert http.get("/healthz").json() == {"status": "ok"}
+    health = http.get("/healthz", headers={"x-request-id": "mine"})
+    assert health.json() == {"status": "ok"}
+    assert health.headers.get_list("x-request-id") == ["mine"]
     assert http.get("/readyz").status_code == 200
     page = http.get("/")
     assert page.headers["content-type"].startswith("text/html")

@@ -1,0 +1,109 @@
+"""``ldm bench serve``: what step-level batching, deadlines and scaling by work do on this machine."""
+
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from jobs.cluster import ClusterConfig, connected
+from jobs.config import JobConfig
+
+__all__ = ["BenchServeJob"]
+
+Part = Literal["engine", "reuse", "deadlines", "goodput", "short", "overload", "scaling"]
+PARTS: tuple[Part, ...] = ("engine", "reuse", "deadlines", "goodput", "short", "overload", "scaling")
+# More than the machine may have: stages mostly wait.
+NUM_CPUS = 8
+
+
+class BenchServeJob(JobConfig):
+    """Measure serving on this machine. Let nothing else run beside it.
+
+    A small U-Net with random weights, a torch thread for each replica. docs/benchmarks.md explains.
+    """
+
+    only: tuple[Part, ...] = Field(PARTS, description=f"some of: {', '.join(PARTS)}")
+    preset: str = Field("small", description="of the U-Net")
+    side: PositiveInt = Field(8, description="of small latents")
+    large_side: PositiveInt = Field(32, description="of large latents")
+    seeds: PositiveInt = Field(3, description="of arrivals; the median counts")
+    seconds: PositiveFloat = Field(12.0, description="that a load lasts")
+    overload_factor: PositiveFloat = 10.0
+    overload_s: PositiveFloat = 60.0
+    rounds: PositiveInt = Field(7, description="of each way in turn, where nothing is random")
+    cancels: PositiveInt = 1000
+    checkpoint: Path | None = Field(None, description="a trained one, for the loss by reused features")
+    plot: Path = Field(Path("out/bench/scaling.png"), description="of replicas over time")
+
+    def run(self) -> dict[str, object]:
+        """The figures by name; the JSON line holds them all."""
+        import torch
+
+        torch.set_num_threads(1)
+        result: dict[str, object] = {}
+        for part in self.only:
+            print(f"— {part}", flush=True)
+            figures = getattr(self, f"_{part}")()
+            for name, value in figures.items():
+                print(f"  {name:28} {value:.4g}", flush=True)
+            result |= figures
+        return result
+
+    def _engine(self) -> dict[str, float]:
+        from jobs.bench.serve_engine import cancels, efficiency, first_preview
+
+        return {
+            **efficiency(self.preset, self.side, self.rounds),
+            **first_preview(self.preset, self.side, self.rounds),
+            **cancels(self.preset, self.side, self.cancels),
+        }
+
+    def _reuse(self) -> dict[str, float]:
+        from jobs.bench.serve_reuse import loss_db, speed
+
+        figures = speed(self.preset, self.side, self.rounds)
+        return figures | (loss_db(self.checkpoint) if self.checkpoint else {})
+
+    def _deadlines(self) -> dict[str, float]:
+        from jobs.bench.serve_engine import deadlines
+
+        return deadlines(self.preset, self.side, self.seeds, self.seconds)
+
+    def _goodput(self) -> dict[str, float]:
+        """Ratios to ``@serve.batch``, and on large latents to one request after the other."""
+        from jobs.bench.serve_goodput import MIXED, UNIFORM, goodput
+
+        figures: dict[str, float] = {}
+        cases = [
+            ("goodput_mixed", self.side, MIXED, "batch"),
+            ("goodput_uniform", self.side, UNIFORM, "batch"),
+            ("goodput_large", self.large_side, MIXED, "serial"),
+        ]
+        with connected(ClusterConfig(num_cpus=NUM_CPUS)):
+            for name, side, steps, other in cases:
+                print(f"  {name}", flush=True)
+                found = goodput(self.preset, side, steps, ("engine", other), self.seeds, self.seconds)
+                ratios = found.ratios("engine", other)
+                figures |= {name: median(ratios), f"{name}_min": min(ratios)}
+                figures |= {f"{name}_{way}_per_s": median(rates) for way, rates in found.by_way.items()}
+        return figures
+
+    def _short(self) -> dict[str, float]:
+        from jobs.bench.serve_goodput import short_p99
+
+        with connected(ClusterConfig(num_cpus=NUM_CPUS)):
+            found = short_p99(self.preset, self.side, self.seeds, 2 * self.seconds)
+        return found | {"short_p99_gain": found["short_p99_batch_s"] / found["short_p99_engine_s"]}
+
+    def _overload(self) -> dict[str, float]:
+        from jobs.bench.serve_http import overload
+
+        with connected(ClusterConfig(num_cpus=NUM_CPUS)):
+            return overload(self.preset, self.side, self.overload_factor, self.overload_s)
+
+    def _scaling(self) -> dict[str, float]:
+        from jobs.bench.serve_scaling import scaling
+
+        with connected(ClusterConfig(num_cpus=NUM_CPUS)):
+            return scaling(self.preset, self.side, self.plot)

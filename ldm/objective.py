@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -132,11 +132,7 @@ class NoiseSchedule:
         """alpha_bar (num_train_timesteps,), float32, CPU: diffusers' own, so training and sampling agree."""
         if self.kind == "flow":
             raise ValueError("a flow has no alpha_bar")
-        from diffusers import DDPMScheduler
-
-        scheduler = DDPMScheduler.from_config(self.scheduler_config())
-        assert isinstance(scheduler.alphas_cumprod, Tensor)
-        return scheduler.alphas_cumprod
+        return _alphas_cumprod(self)
 
     def coefficients(self, t_B: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """``(alpha_B, sigma_B)`` at timesteps ``t_B``, on its device."""
@@ -199,6 +195,16 @@ class NoiseSchedule:
         alpha_B, sigma_B = self.coefficients(t_B, torch.promote_types(x.dtype, torch.float32))
         shape = (-1,) + (1,) * (x.ndim - 1)
         return alpha_B.view(shape), sigma_B.view(shape)
+
+
+@lru_cache(maxsize=16)
+def _alphas_cumprod(schedule: NoiseSchedule) -> Tensor:
+    # Every trajectory has a schedule of its own, and this takes longer than a step of a small U-Net.
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(schedule.scheduler_config())
+    assert isinstance(scheduler.alphas_cumprod, Tensor)
+    return scheduler.alphas_cumprod
 
 
 def kind_of(scheduler_config: Mapping[str, object]) -> Kind:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -105,10 +108,25 @@ def start(
     UserError for a scheduler that is unknown or of another kind, and for a step count that this
     config cannot have.
     """
+    ready = _ready(name, json.dumps(dict(scheduler_config), sort_keys=True), num_steps)
+    started = copy(ready)
+    for attribute, value in vars(ready).items():
+        # What a multistep solver remembers; tensors are replaced by diffusers, and never changed.
+        if isinstance(value, list):
+            setattr(started, attribute, list(value))
+    if hasattr(started, "set_begin_index"):
+        started.set_begin_index(first_step)
+    return started
+
+
+@lru_cache(maxsize=256)
+def _ready(name: str, scheduler_config: str, num_steps: int) -> Scheduler:
+    """Before its first step. Making one takes diffusers as long as a step of a small U-Net."""
     import diffusers
 
-    row = _row(name, scheduler_config)
-    scheduler = getattr(diffusers, row.diffusers_class).from_config(dict(scheduler_config), **row.overrides)
+    config = json.loads(scheduler_config)
+    row = _row(name, config)
+    scheduler = getattr(diffusers, row.diffusers_class).from_config(config, **row.overrides)
     refusal = UserError(
         f"scheduler {name!r} cannot take {num_steps} steps with this checkpoint's scheduler config",
         do="ask for fewer steps, or set timestep_spacing to 'trailing' in that config",
@@ -123,10 +141,8 @@ def start(
     # Between two equal noise levels a multistep solver divides by zero.
     if (torch.diff(getattr(scheduler, "sigmas", scheduler.timesteps)) >= 0).any():
         raise refusal
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first_step)
-    started: Scheduler = scheduler
-    return started
+    ready: Scheduler = scheduler
+    return ready
 
 
 def add_noise(scheduler: Scheduler, x0_CHW: Tensor, noise_CHW: Tensor, timestep: Tensor) -> Tensor:

@@ -5,13 +5,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-faults lint venv clean
+.PHONY: demo test chromium test-faults lint venv clean
 
 demo: $(INSTALLED)
 	$(BIN)/ldm demo out/demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) chromium
 	$(BIN)/pytest -m "not faults_long"
+
+# For the tests of the page, which are skipped without it. Root on Debian may install it; others do so themselves.
+chromium:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq chromium >/dev/null 2>&1; } || \
+		echo "no chromium: the tests of the page are skipped"
 
 test-faults: $(INSTALLED)
 	$(BIN)/pytest tests/faults

@@ -185,13 +185,13 @@ class Engine:
     def _first_due(self, shape: LatentShape) -> list[Ticket]:
         now, room = self._clock(), self._costs.best_rows(shape)
         batch: list[Ticket] = []
-        loads = {ticket: self._load(ticket) for ticket in self._tickets[shape]}
+        step_s = self._step_s(shape)
 
         def urgency(ticket: Ticket) -> tuple[bool, float, float]:
-            in_vain = now + loads[ticket].seconds > ticket.deadline
+            in_vain = now + ticket.steps_left * step_s > ticket.deadline
             return in_vain, ticket.due, ticket.accepted_at
 
-        for ticket in sorted(loads, key=urgency):
+        for ticket in sorted(self._tickets[shape], key=urgency):
             if not batch or ticket.work.rows <= room:
                 batch.append(ticket)
                 room -= ticket.work.rows
@@ -221,12 +221,13 @@ class Engine:
 
     def _call(self, batch: Sequence[Ticket]) -> "_Outcome":
         """In the thread: start who has not begun, take the step, draw who is to be seen."""
-        failures = self._advance(batch)
-        previews = {
-            ticket: self._draw(ticket)
-            for ticket in batch
-            if ticket not in failures and ticket.is_due_a_preview
-        }
+        failures, previews = self._advance(batch), dict[Ticket, NDArray[np.uint8]]()
+        for ticket in batch:
+            if ticket not in failures and ticket.is_due_a_preview:
+                try:
+                    previews[ticket] = self._draw(ticket)
+                except Exception as error:  # noqa: BLE001  # it is told to whoever asked
+                    failures[ticket] = error
         return _Outcome(failures, previews)
 
     def _draw(self, ticket: Ticket) -> NDArray[np.uint8]:
@@ -265,11 +266,13 @@ class Engine:
         return failures
 
     def _load(self, ticket: Ticket) -> Load:
-        """Steps in full batches, slower by as many shapes as share the time."""
-        shape = ticket.work.shape
-        sharing = len(self._turns) + (shape not in self._tickets)
-        seconds = ticket.steps_left * self._full_step_s(shape) * sharing
+        seconds = ticket.steps_left * self._step_s(ticket.work.shape)
         return Load(ticket.due, ticket.deadline, seconds)
+
+    def _step_s(self, shape: LatentShape) -> float:
+        """Of a step in full batches, slower by as many shapes as share the time."""
+        sharing = len(self._turns) + (shape not in self._tickets)
+        return self._full_step_s(shape) * sharing
 
     def _full_step_s(self, shape: LatentShape) -> float:
         return self._costs.seconds(shape, self._costs.best_rows(shape))

@@ -18,48 +18,12 @@ from ldm.cascade import Sampling, Upsampler, Upsampling, WindowDenoiser
 from ldm.errors import UserError
 from ldm.image_tensors import from_model
 from ldm.images import encode_png
-from ldm.objective import NoiseSchedule
 from ldm.tiling.config import Tiling
 from ldm.tiling.decode import plan
 from ldm.tiling.encode import encode
 from pipelines.window_pool import WindowPool
 
 OPTIONS = {"steps": 4, "noise_level": 10, "snapshot_every": 1, "window_batch": 2}
-
-
-@pytest.fixture(scope="module")
-def save_upsampler(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(seed, prediction="v_prediction", vae=…) → a random upsampler × 2 of latents (3, 8, 8)."""
-
-    def save(seed: int, prediction: str = "v_prediction", vae: Path = vae_folder) -> Path:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = unet.build(
-                "tiny", in_channels=6, out_channels=3, num_classes=None, num_noise_levels=1000, sample_size=8
-            )
-        folder = tmp_path_factory.mktemp("upsampler")
-        checkpoint.save(
-            folder,
-            ema=model,
-            last=model,
-            scheduler_config=NoiseSchedule(prediction=prediction).scheduler_config(),  # type: ignore[arg-type]
-            info=checkpoint.CheckpointInfo(
-                step=1,
-                latent_shape=(3, 8, 8),
-                shift=(0.5, -0.5, 0.0),
-                scale=(1.0, 2.0, 0.5),
-                vae=str(vae),
-                vae_fingerprint=load(vae).fingerprint,
-                class_names=None,
-                upsampling_factor=2,
-                max_noise_level=100,
-                residual_shift=(0.0, 0.0, 0.0),
-                residual_scale=(0.5, 1.0, 0.25),
-            ),
-        )
-        return folder
-
-    return save
 
 
 @pytest.fixture(scope="module")

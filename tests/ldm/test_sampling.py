@@ -361,7 +361,7 @@ def test_sampling_nothing_is_refused() -> None:
 def test_features_are_reused_by_each_at_its_own_steps_whatever_the_company(
     unet: nn.Module, guidance: float
 ) -> None:
-    """Rows of the deep blocks are counted: in 4 of 10 steps at every third, in all where nothing is reused."""
+    """Rows of the deep blocks are counted: in 4 of 10 steps at every third, in all without reuse."""
     rows: list[int] = []
     counting = unet.mid_block.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))  # type: ignore[union-attr,operator]
     try:

@@ -7,16 +7,23 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
+from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 from openai import APIStatusError, OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
 
+from ldm import autoencoder, checkpoint, unet
+from ldm.cascade import Sampling, Upsampler, Upsampling, WindowDenoiser
+from ldm.image_tensors import from_model
 from ldm.images import encode_png
 from pipelines.serve.config import ServeConfig
 
@@ -43,14 +50,8 @@ def _pixels(b64_json: str | None) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))))
 
 
-def _alone(config: ServeConfig, label: int, seed: int, steps: int, guidance: float) -> NDArray[np.uint8]:
-    """What diffusers' own scheduler makes in a plain loop."""
-    import torch
-    from diffusers import DDIMScheduler
-
-    from ldm import autoencoder, checkpoint, unet
-    from ldm.image_tensors import from_model
-
+def _latent_alone(config: ServeConfig, label: int, seed: int, steps: int, guidance: float) -> Tensor:
+    """What diffusers' own scheduler makes in a plain loop: (1, C, h, w), in the VAE's scale."""
     folder = config.models["v_prediction"].folder
     info, model = checkpoint.read_info(folder), unet.load(folder).eval()
     scheduler = DDIMScheduler.from_config(checkpoint.read_scheduler_config(folder), clip_sample=False)
@@ -60,12 +61,36 @@ def _alone(config: ServeConfig, label: int, seed: int, steps: int, guidance: flo
     labels = torch.tensor([label, len(info.class_names)])
     with torch.no_grad():
         for timestep in scheduler.timesteps:
-            yes, no = model(
-                torch.cat([x, x]), timestep, encoder_hidden_states=None, class_labels=labels
-            ).sample
+            yes, no = model(torch.cat([x, x]), timestep, None, class_labels=labels).sample
             x = scheduler.step((no + guidance * (yes - no))[None], timestep, x).prev_sample
-    decoded = autoencoder.load(info.vae).decode(info.whitening.denormalise(x))
-    return from_model(decoded)[0]
+    return info.whitening.denormalise(x)
+
+
+def _decoded(config: ServeConfig, latent_1Chw: Tensor) -> NDArray[np.uint8]:
+    vae = checkpoint.read_info(config.models["v_prediction"].folder).vae
+    return from_model(autoencoder.load(vae).decode(latent_1Chw))[0]
+
+
+def _alone(config: ServeConfig, label: int, seed: int, steps: int, guidance: float) -> NDArray[np.uint8]:
+    return _decoded(config, _latent_alone(config, label, seed, steps, guidance))
+
+
+def _upsampled(config: ServeConfig, latent_1Chw: Tensor, seed: int) -> NDArray[np.uint8]:
+    (stage,) = config.upsamplers
+    upsampler = Upsampler.read(stage.checkpoint)
+    sampling = Sampling(
+        seed=seed,
+        num_inference_steps=stage.steps,
+        scheduler=upsampler.default_scheduler,
+        noise_level=0,
+        window_overlap=stage.window_overlap,
+        window_batch=stage.window_batch,
+    )
+    upsampling = Upsampling(latent_1Chw[0], upsampler, sampling, stage=1)
+    denoiser = WindowDenoiser(unet.load(stage.checkpoint), upsampler.info)
+    while not upsampling.trajectory.done:
+        upsampling.step(lambda batches: map(denoiser, batches))
+    return _decoded(config, upsampling.latent_CHW[None])
 
 
 def _same(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
@@ -142,10 +167,7 @@ def test_a_job_makes_the_same_image(http: httpx.Client, client: OpenAI) -> None:
     job = http.post("/v1/jobs", json=body)
     assert job.status_code == 202
     path = f"/v1/jobs/{job.json()['id']}"
-    end = time.monotonic() + DEADLINE_S
-    while (found := http.get(path).json())["status"] not in ("completed", "failed"):
-        assert time.monotonic() < end, found
-        time.sleep(0.05)
+    found = _finished(http, path)
     assert found["status"] == "completed" and found["size"] == "32x32" and found["progress"] == 1
     made = client.images.generate(prompt="cat", extra_body=body | {"prompt": "cat"})
     assert made.data is not None
@@ -158,13 +180,32 @@ def test_a_job_makes_the_same_image(http: httpx.Client, client: OpenAI) -> None:
     assert path.endswith(http.get("/v1/jobs").json()["data"][0]["id"])
 
 
+def _finished(http: httpx.Client, path: str) -> dict[str, Any]:
+    end = time.monotonic() + DEADLINE_S
+    while (found := http.get(path).json())["status"] not in ("completed", "failed", "cancelled"):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return dict(found)
+
+
+def test_a_job_goes_through_the_cascade(http: httpx.Client, served_config: ServeConfig) -> None:
+    """To the image that the upsampler's own class makes of the same latent."""
+    body = {"prompt": "cat", "seed": 4, "num_inference_steps": 6, "upscale_to": 64, "output_format": "webp"}
+    path = f"/v1/jobs/{http.post('/v1/jobs', json=body).json()['id']}"
+    assert _finished(http, path)["size"] == "64x64"
+    content = http.get(f"{path}/content")
+    assert content.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(content.content)).size == (64, 64)
+    online = http.post("/v1/images/generations", json=body | {"output_format": "png"}).json()
+    made = _pixels(online["data"][0]["b64_json"])
+    assert made.shape == (64, 64, 3)
+    assert _same(made, _upsampled(served_config, _latent_alone(served_config, 0, 4, 6, 3.0), seed=4))
+
+
 def test_a_cancelled_job_stops(http: httpx.Client) -> None:
     path = f"/v1/jobs/{http.post('/v1/jobs', json={'num_inference_steps': 1000}).json()['id']}"
     http.post(f"{path}/cancel")
-    end = time.monotonic() + DEADLINE_S
-    while (found := http.get(path).json())["status"] != "cancelled":
-        assert time.monotonic() < end, found
-        time.sleep(0.05)
+    assert _finished(http, path)["status"] == "cancelled"
 
 
 BAD = {
@@ -176,7 +217,7 @@ BAD = {
     "scheduler": ({"scheduler": "flow_euler"}, 400),
     "model": ({"model": "gpt-image-1"}, 404),
     "unknown field": ({"sead": 1}, 400),
-    "upscale": ({"upscale_to": 8192}, 400),
+    "upscale": ({"upscale_to": 128}, 400),
 }
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from ldm import checkpoint, unet
+from ldm import checkpoint, lora, unet
 from ldm.errors import UserError
 from pipelines.dataset import LatentDataset
 from pipelines.train.config import UnetTraining
@@ -177,6 +177,17 @@ def test_diffusers_reads_the_update_and_the_merged_unet(
     assert (predicted(merged) - predicted(last)).abs().max() > 0.001
     assert merged.state_dict().keys() == load_file(base / "diffusion_pytorch_model.safetensors").keys()
     assert unet.fingerprint(unet.load(base)) == checkpoint.read_info(out).init_fingerprint
+    served = loaded(base)
+    lora.put_adapter(served, out / "lora")
+    torch.testing.assert_close(predicted(served), predicted(adapted), rtol=0, atol=1e-5)
+    assert served.state_dict().keys() == merged.state_dict().keys()
+
+
+def test_an_adapter_that_is_none_is_told(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter folder"):
+        lora.put_adapter(loaded(base), tmp_path / "missing")
+    with pytest.raises(UserError, match="cannot put the adapter"):
+        lora.put_adapter(loaded(base), tmp_path)
 
 
 def test_without_a_base_there_is_no_update() -> None:

@@ -64,7 +64,7 @@ class UpscaleJob(Upscaling, JobConfig):
             require_room_to_decode(autoencoder, (channels, rows * factor, columns * factor), self.tiling)
         work = self.work or self.out.with_suffix(".stages")
         open_run(work, source.latent_Chw, upsamplers, self, self.pool.threads)
-        preview = LatentPreview(autoencoder, torch.from_numpy(source.latent_Chw))
+        preview = LatentPreview.fit(autoencoder, torch.from_numpy(source.latent_Chw))
         with connected(self.cluster):
             if self.cluster.address is None:
                 require_room(self.pool)

@@ -6,15 +6,18 @@ A card has no weights. It goes wherever a request is checked, and says where the
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from ldm import autoencoder as autoencoders
 from ldm import checkpoint, unet
+from ldm.autoencoder import Autoencoder
 from ldm.conditioning import ClassConditioner, Conditioning
 from ldm.errors import UserError
 from ldm.feature_reuse import check_cut
 from ldm.latents import Whitening
 from ldm.objective import kind_of
+from ldm.preview import LatentPreview
 from ldm.sampling import Trajectory
 from ldm.schedulers import SCHEDULERS, default_scheduler
 
@@ -30,6 +33,8 @@ class ModelCard(BaseModel):
     latent_shape: (C, h, w) it was trained on; f: pixels per latent along a side; vae: as for
     `ldm.autoencoder.load`; shift, scale: `ldm.latents.Whitening`; size_multiple: of a latent's sides;
     fingerprint: `ldm.unet.fingerprint`; can_reuse: whether `ldm.feature_reuse` can cut it.
+
+    preview: `ldm.preview.LatentPreview.map_D3`.
 
     What it is conditioned on: class_names; or text by text_encoder (as for `ldm.text.load_text_encoder`),
     whose embeddings have embedding_width features, with padded_text padded to the encoder's length and guided
@@ -54,10 +59,15 @@ class ModelCard(BaseModel):
     padded_text: bool = False
     embedding_width: int | None = None
     can_reuse: bool = True
+    preview: tuple[tuple[float, float, float], ...]
 
     @property
     def whitening(self) -> Whitening:
         return Whitening(self.shift, self.scale)
+
+    @property
+    def latent_preview(self) -> LatentPreview:
+        return LatentPreview(torch.tensor(self.preview))
 
     @property
     def condition(self) -> Literal["classes", "text", "none"]:
@@ -138,6 +148,7 @@ def _of_checkpoint(folder: Path, vae: str | None) -> ModelCard:
         latent_shape=info.latent_shape,
         size_multiple=unet.size_multiple(model),
         can_reuse=_can_reuse(model),
+        preview=_preview(autoencoder, info.whitening),
         f=autoencoder.f,
         vae=source,
         vae_fingerprint=info.vae_fingerprint,
@@ -162,6 +173,7 @@ def _of_stable_diffusion(folder: Path, vae: str | None) -> ModelCard:
         latent_shape=(autoencoder.channels, side, side),
         size_multiple=unet.size_multiple(model),
         can_reuse=_can_reuse(model),
+        preview=_preview(autoencoder, whitening),
         f=autoencoder.f,
         vae=source,
         vae_fingerprint=autoencoder.fingerprint,
@@ -172,6 +184,11 @@ def _of_stable_diffusion(folder: Path, vae: str | None) -> ModelCard:
         padded_text=True,
         embedding_width=int(model.config["cross_attention_dim"]),
     )
+
+
+def _preview(autoencoder: Autoencoder, whitening: Whitening) -> tuple[tuple[float, float, float], ...]:
+    rows: list[list[float]] = LatentPreview.fit_to_any(autoencoder, whitening).map_D3.tolist()
+    return tuple((red, green, blue) for red, green, blue in rows)
 
 
 def _can_reuse(model: "UNet2DConditionModel") -> bool:

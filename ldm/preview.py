@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from ldm.autoencoder import Autoencoder
 from ldm.image_tensors import from_model
+from ldm.latents import Whitening, keyed_normal
+from ldm.seeds import keyed_seed
 
 __all__ = ["LatentPreview"]
 
@@ -24,12 +26,28 @@ NUM_PATCHES = 4
 class LatentPreview:
     """Latents → small RGB images, by a linear map fitted to one VAE."""
 
-    def __init__(self, autoencoder: Autoencoder, latent_Chw: Tensor) -> None:
+    def __init__(self, map_D3: Tensor) -> None:
+        """map_D3: (C + 1, 3), a row for each channel and one for the constant."""
+        self.map_D3 = map_D3
+
+    @classmethod
+    def fit(cls, autoencoder: Autoencoder, latent_Chw: Tensor) -> "LatentPreview":
         """Decodes up to 4 patches of 16×16 latents along the diagonal of ``latent_Chw`` (the VAE's scale)."""
         pairs = [_pixels(autoencoder, patch_Chw) for patch_Chw in _patches(latent_Chw)]
         inputs_ND, rgb_N3 = (torch.cat(side).double() for side in zip(*pairs, strict=True))
         # gelsd finds a solution where a patch is of one colour, and leaves columns that depend on others.
-        self.map_D3 = torch.linalg.lstsq(inputs_ND, rgb_N3, driver="gelsd").solution.float()
+        return cls(torch.linalg.lstsq(inputs_ND, rgb_N3, driver="gelsd").solution.float())
+
+    @classmethod
+    def fit_to_any(cls, autoencoder: Autoencoder, whitening: Whitening) -> "LatentPreview":
+        """As `fit`, where there is no latent yet: to one that is smooth in parts, as clean ones are.
+
+        whitening: says what values latents have.
+        """
+        shape = (autoencoder.channels, NUM_PATCHES * PATCH, NUM_PATCHES * PATCH)
+        noise_1Chw = keyed_normal([keyed_seed("preview")], shape)
+        smooth_1Chw = F.interpolate(F.avg_pool2d(noise_1Chw, 4) * 4, shape[1:], mode="bilinear")
+        return cls.fit(autoencoder, whitening.denormalise(smooth_1Chw + 0.1 * noise_1Chw)[0])
 
     def __call__(self, latent_Chw: Tensor) -> NDArray[np.uint8]:
         """uint8 (h, w, 3), one pixel a latent; latent_Chw in the VAE's own scale."""

@@ -22,11 +22,11 @@ __all__ = ["scaling"]
 
 STAGES = ("sampler", "decoder")
 LOOK_EVERY_S = 0.2
-DOWN_DELAY_S = 5.0
+DOWN_DELAY_S = 10.0
 TIMEOUT_S = 300.0
 # CPU seconds of a replica after it began to run: it has work.
 WORKING_CPU_S = 0.5
-BURST_S, HEAVY_S, IDLE_S = 40.0, 20.0, 25.0
+BURST_S, HEAVY_S, IDLE_S = 30.0, 25.0, 10.0
 SMALL, LARGE = {"num_inference_steps": 100}, {"num_inference_steps": 1, "size": "1024x1024"}
 
 
@@ -80,13 +80,15 @@ async def _scaling(url: str, plot: Path) -> dict[str, float]:
         await _load(http, SMALL, 16, HEAVY_S)
         watch.mark("end")
         seen.cancel()
+    if watching.done():
+        watching.result()  # what ended it
     watching.cancel()
     _draw(watch, plot)
     return {
         "scale_decision_s": watch.first("burst", "sampler", lambda look: look.target["sampler"] > 1),
         "scale_running_s": watch.first("burst", "sampler", lambda look: look.running["sampler"] > 1),
         "scale_up_s": watch.marks.get("second works", inf) - watch.marks["burst"],
-        "scale_to_zero_extra_s": watch.first("idle", "sampler", lambda look: not any(look.target.values()))
+        "scale_to_zero_extra_s": watch.first("idle", "sampler", lambda look: look.target["decoder"] == 0)
         - DOWN_DELAY_S,
         **_peaks(watch, "decoder load", "sampler load", "decoder_heavy"),
         **_peaks(watch, "sampler load", "end", "sampler_heavy"),
@@ -119,8 +121,8 @@ async def _look(watch: Watch) -> None:
         target, running = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
         for application in status.applications.values():
             for name in STAGES:
-                found = application.deployments[name].replica_states
-                states = {state.value: count for state, count in found.items()}
+                # Its keys are text, whatever its type says.
+                states = {str(state): n for state, n in application.deployments[name].replica_states.items()}
                 running[name] = states.get("RUNNING", 0)
                 target[name] = running[name] + states.get("STARTING", 0)
         watch.looks.append(Look(time.perf_counter() - watch.begin, target, running))
@@ -198,7 +200,9 @@ def _serving(preset: str, side: int) -> Iterator[str]:
         config = ServeConfig(
             models={"bench": ModelSource(folder=Path(folder) / "model")},
             ingress=StagePool(num_cpus=0.5, max_ongoing=10_000),
-            sampler=SamplerPool.model_validate(stage | {"target_s": 5.0, "max_ongoing": 16}),
+            sampler=SamplerPool.model_validate(
+                stage | {"target_s": 5.0, "max_ongoing": 16, "min_replicas": 1}
+            ),
             decoder=StagePool.model_validate(stage | {"target_s": 2.0}),
             limits=Limits(sizes_multiple_px=8),
             access=AccessConfig(requests_per_minute=10**6, max_concurrent=10**4),

@@ -96,6 +96,8 @@ def _deployment(kind: type, name: str, pool: StagePool) -> Any:
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
         max_ongoing_requests=pool.max_ongoing,
         graceful_shutdown_timeout_s=DRAIN_S,
+        # The ingress has a log of its own, and the stages' calls are in the metrics.
+        logging_config={"enable_access_log": False},
         request_router_config=RequestRouterConfig.model_validate({"max_backoff_s": MAX_BACKOFF_S}),
         autoscaling_config=_autoscaling(kind, pool),
     )

@@ -9,16 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
-from ldm import autoencoder, lora, unet
+from ldm import lora, unet
 from ldm.conditioning import Conditioning
 from ldm.editing import first_step
-from ldm.latents import keyed_normal
 from ldm.model_card import ModelCard
-from ldm.preview import LatentPreview
 from ldm.sampling import Trajectory, denoise_step
-from ldm.seeds import keyed_seed
 from pipelines.serve.engine import Engine
 from pipelines.serve.messages import SampleRequest
 from pipelines.serve.step_costs import LatentShape, StepCosts, timed
@@ -33,8 +29,9 @@ TIMED_STEPS = 20
 class LoadedModel:
     """U-Net, preview and `Engine`, in an event loop; `open` makes one."""
 
-    def __init__(self, card: ModelCard, engine: Engine, preview: LatentPreview, device: torch.device) -> None:
-        self.card, self.engine, self.preview, self.device = card, engine, preview, device
+    def __init__(self, card: ModelCard, engine: Engine, device: torch.device) -> None:
+        self.card, self.engine, self.device = card, engine, device
+        self.preview = card.latent_preview
         self._running = asyncio.create_task(engine.run())
 
     @classmethod
@@ -57,7 +54,6 @@ class LoadedModel:
         """
         loop = asyncio.get_running_loop()
         model = await loop.run_in_executor(thread, _load_unet, card, adapter, device)
-        preview = await loop.run_in_executor(thread, _fit_preview, card)
         step = partial(denoise_step, model)
         costs = StepCosts(timed(step, partial(_for_timing, card, device)), max_rows)
         await loop.run_in_executor(thread, costs.calibrate, card.latent_shape)
@@ -69,7 +65,7 @@ class LoadedModel:
             observer=observer,
             thread=thread,
         )
-        return cls(card, made, preview, device)
+        return cls(card, made, device)
 
     def work(self, request: SampleRequest, deadline_s: float | None) -> Work:
         """What the engine takes. UserError for a request that cannot be sampled."""
@@ -145,15 +141,6 @@ def _load_unet(card: ModelCard, adapter: Path | None, device: torch.device) -> t
         lora.put_adapter(model, adapter)
     placed: torch.nn.Module = model.eval().to(device)
     return placed
-
-
-def _fit_preview(card: ModelCard) -> LatentPreview:
-    """To latents that are smooth in parts, as clean ones are, with values as the VAE's own have."""
-    channels, height, width = card.latent_shape
-    noise_1Chw = keyed_normal([keyed_seed("preview")], (channels, height, width))
-    coarse_1Chw = F.avg_pool2d(noise_1Chw, 4, ceil_mode=True) * 4
-    smooth_1Chw = F.interpolate(coarse_1Chw, (height, width), mode="bilinear") + 0.1 * noise_1Chw
-    return LatentPreview(autoencoder.load(card.vae), card.whitening.denormalise(smooth_1Chw)[0])
 
 
 def _for_timing(card: ModelCard, device: torch.device, shape: LatentShape) -> Trajectory:

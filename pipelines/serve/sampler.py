@@ -1,5 +1,6 @@
 """The sampler stage: replicas that batch by step, and say how much work they have left."""
 
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,9 @@ from pipelines.serve.work_left import SECONDS_LEFT, SECONDS_PER_REQUEST
 
 __all__ = ["Sampler"]
 
+# Python's own is ten times that, and a request needs the interpreter a dozen times before it is refused.
+SWITCH_INTERVAL_S = 0.0005
+
 
 class Sampler:
     """Replica: requests → latents. cards, adapters: by model; the first model is there from the start."""
@@ -29,6 +33,8 @@ class Sampler:
     ) -> None:
         if pool.threads:
             torch.set_num_threads(pool.threads)
+        # The thread of the U-Net holds the interpreter between its kernels: who asks meanwhile waits so long.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.cards, self.adapters, self.pool = cards, adapters, pool
         self.device = pick_device()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="unet")

@@ -89,7 +89,7 @@ class UpsamplerReplica:
             # One pixel a latent would be a million of them at the end of a cascade.
             factor = max(1, -(-max(upsampling.size_HW) // MAX_PREVIEW_PX))
             small_CHW = F.avg_pool2d(upsampling.preview_CHW[None], factor, ceil_mode=True)[0]
-            return LatentPreview(self.vae, low_Chw)(small_CHW)
+            return LatentPreview.fit(self.vae, low_Chw)(small_CHW)
 
         return Progress(trajectory.step_index, trajectory.num_steps, await self._in_thread(draw))
 

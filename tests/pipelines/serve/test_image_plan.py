@@ -29,6 +29,7 @@ def _card(**changes: Any) -> ModelCard:
         "scale": (1.0,) * 4,
         "scheduler_config": NoiseSchedule(prediction="v_prediction").scheduler_config(),
         "class_names": ("cat", "dog"),
+        "preview": ((0.0, 0.0, 0.0),) * 5,
     }
     return ModelCard.model_validate(values | changes)
 

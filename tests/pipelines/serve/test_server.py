@@ -2,11 +2,13 @@
 
 import base64
 import io
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,12 +27,54 @@ from ldm import autoencoder, checkpoint, unet
 from ldm.cascade import Sampling, Upsampler, Upsampling, WindowDenoiser
 from ldm.image_tensors import from_model
 from ldm.images import encode_png
-from pipelines.serve.config import ServeConfig
+from pipelines.serve.config import (
+    JobsConfig,
+    ModelSource,
+    SamplerPool,
+    ServeConfig,
+    StagePool,
+    UpsamplerStage,
+)
+from pipelines.serve.generation_request import Limits
 
 # The server runs in other processes, which the shared cluster keeps; nothing of theirs ends here.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 DEADLINE_S = 60.0
+WAIT_MS = 30_000
+CHROMIUM = shutil.which("chromium")
+MAX_STEPS = 1000
+
+
+@pytest.fixture(scope="module")
+def served_config(
+    checkpoint_folders: dict[str, Path],
+    save_upsampler: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ServeConfig:
+    """Images of 32 px by default; two models, of v-prediction and of a flow; one upsampler, × 2."""
+    return ServeConfig(
+        models={name: ModelSource(folder=folder) for name, folder in checkpoint_folders.items()},
+        ingress=StagePool(num_cpus=0.1, max_ongoing=1000),
+        sampler=SamplerPool(num_cpus=1, threads=1, max_rows=8),
+        decoder=StagePool(num_cpus=0.5, threads=1),
+        upsamplers=(UpsamplerStage(checkpoint=save_upsampler(1), steps=4, num_cpus=0.5, threads=1),),
+        limits=Limits(sizes_multiple_px=4, max_side_px=256, max_steps=MAX_STEPS),
+        jobs=JobsConfig(url=str(tmp_path_factory.mktemp("jobs"))),
+    )
+
+
+@pytest.fixture(scope="module")
+def server_url(ray_cluster: None, served_config: ServeConfig) -> Iterator[str]:
+    """Of a running server without keys."""
+    from jobs.cluster import ClusterConfig
+    from jobs.serve import serving
+    from pipelines.serve.application import Checked
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    with serving(Checked(served_config), ClusterConfig(), "127.0.0.1", port):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
@@ -306,3 +350,28 @@ def test_health_and_the_page(http: httpx.Client) -> None:
     assert page.headers["content-type"].startswith("text/html")
     assert http.get("/page/app.js").status_code == 200
     assert http.get("/page/../../config.py").status_code == 404
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser for the page: apt install chromium")
+def test_a_visitor_makes_an_image_and_finds_it_again_by_its_seed(server_url: str, tmp_path: Path) -> None:
+    from playwright import sync_api
+
+    faults: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: "Policy" in message.text and faults.append(message.text))
+        page.goto(server_url)
+        page.get_by_label("Model", exact=True).select_option("v_prediction")
+        page.get_by_label("Class", exact=True).select_option("dog")
+        page.get_by_label("Steps", exact=True).fill("40")
+        page.get_by_label("Seed", exact=True).fill("7")
+        page.get_by_role("button", name="Generate", exact=True).click()
+        image = page.locator("#gallery img[src^='blob:']")
+        sync_api.expect(image).to_have_count(1, timeout=WAIT_MS)
+        assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [32, 32]
+        sync_api.expect(page.get_by_role("button", name="Seed 7")).to_be_visible()
+        page.screenshot(path=tmp_path / "page.png")
+        browser.close()
+    assert faults == []

@@ -32,9 +32,11 @@ def finish_times(loads: Iterable[Load], now: float, lanes: int) -> list[float]:
 
 def harms(new: Load, accepted: Sequence[Load], now: float, lanes: int) -> bool:
     """Whether ``new`` would miss its deadline, or an ``accepted`` one because of it."""
-    before = finish_times(accepted, now, lanes)
     *after, own = finish_times([*accepted, new], now, lanes)
-    missed = any(
-        then > load.deadline >= first for load, first, then in zip(accepted, before, after, strict=True)
-    )
-    return own > new.deadline or missed
+    if own > new.deadline:
+        return True
+    late = [index for index, load in enumerate(accepted) if after[index] > load.deadline]
+    if not late:
+        return False
+    before = finish_times(accepted, now, lanes)
+    return any(before[index] <= accepted[index].deadline for index in late)

@@ -21,6 +21,7 @@ __all__ = ["Goodput", "goodput", "short_p99"]
 SLOWDOWN, IN_TIME = 5.0, 0.9
 MAX_BATCH, MAX_ONGOING = 16, 1000
 BATCH = f"batch-{MAX_BATCH}"
+GIVE_UP_S = 60.0
 # Of the search: rates are this far apart at its end.
 FINE = 1.1
 MIXED = {10: 1.0, 20: 1.0, 50: 1.0}
@@ -60,21 +61,37 @@ def goodput(
 def short_p99(preset: str, side: int, seeds: int, seconds: float) -> dict[str, float]:
     """99th percentile of requests of 10 steps among such of 50, median over seeds.
 
-    At the highest rate that ``@serve.batch`` sustains, which is the same for both.
+    At half of the load that full batches carry; and ``calm``, at the highest that ``@serve.batch`` sustains.
     """
-    ways = ("engine", BATCH)
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    with _deployed(preset, side, ways) as (calls, solo_s):
-        mean_s = solo_s * sum(steps * weight for steps, weight in LONG_AND_SHORT.items())
-        rate = _search(calls[BATCH], LONG_AND_SHORT, solo_s, 0.5 / mean_s, 0, seconds)
-        for seed in range(seeds):
-            for way, call in calls.items():
-                arrivals = poisson(rate, seconds, LONG_AND_SHORT, seed)
-                outcomes = asyncio.run(offer(call, arrivals, 100 * solo_s * 50))
-                short = [o.latency_s for o in outcomes if o.arrival.num_steps == 10]
-                found[way].append(quantile(short, 0.99))
-    engine_s, batch_s = (median(found[way]) for way in ways)
-    return {"short_p99_engine_s": engine_s, "short_p99_batch_s": batch_s, "short_rate": rate}
+    figures: dict[str, float] = {}
+    with _deployed(preset, side, ("engine", BATCH)) as (calls, solo_s):
+        mean_steps = sum(steps * weight for steps, weight in LONG_AND_SHORT.items())
+        calm = _search(calls[BATCH], LONG_AND_SHORT, solo_s, 0.5 / (mean_steps * solo_s), 0, seconds)
+        busy = asyncio.run(_steps_per_s(calls["engine"])) / mean_steps / 2
+        for name, rate in (("short", busy), ("short_calm", calm)):
+            engine_s, batch_s = (
+                median(_short_p99_s(call, rate, seed, seconds) for seed in range(seeds))
+                for call in (calls["engine"], calls[BATCH])
+            )
+            figures |= {
+                f"{name}_rate": rate,
+                f"{name}_p99_engine_s": engine_s,
+                f"{name}_p99_batch_s": batch_s,
+            }
+            figures[f"{name}_p99_gain"] = batch_s / engine_s
+    return figures
+
+
+def _short_p99_s(call: Call, rate: float, seed: int, seconds: float) -> float:
+    outcomes = asyncio.run(offer(call, poisson(rate, seconds, LONG_AND_SHORT, seed), GIVE_UP_S))
+    return quantile([o.latency_s for o in outcomes if o.arrival.num_steps == 10], 0.99)
+
+
+async def _steps_per_s(call: Call, steps: int = 20) -> float:
+    """Of full batches."""
+    start = time.perf_counter()
+    await asyncio.gather(*(call(Arrival(0.0, steps, seed)) for seed in range(3 * MAX_BATCH)))
+    return 3 * MAX_BATCH * steps / (time.perf_counter() - start)
 
 
 def _search(

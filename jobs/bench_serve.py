@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from jobs.bench.parts import run_parts
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig
 
@@ -41,14 +42,7 @@ class BenchServeJob(JobConfig):
         import torch
 
         torch.set_num_threads(1)
-        result: dict[str, object] = {}
-        for part in self.only:
-            print(f"— {part}", flush=True)
-            figures = getattr(self, f"_{part}")()
-            for name, value in figures.items():
-                print(f"  {name:28} {value:.4g}", flush=True)
-            result |= figures
-        return result
+        return run_parts((part, getattr(self, f"_{part}")) for part in self.only)
 
     def _engine(self) -> dict[str, float]:
         from jobs.bench.serve_engine import cancels, efficiency, first_preview

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from jobs.bench.parts import run_parts
 from jobs.config import JobConfig
 from ldm.errors import UserError
 
@@ -39,14 +40,7 @@ class BenchTilingJob(JobConfig):
         import torch
 
         torch.set_num_threads(self.threads)
-        result: dict[str, object] = {}
-        for part in self.only:
-            print(f"— {part}", flush=True)
-            figures = getattr(self, f"_{part}")()
-            for name, value in figures.items():
-                print(f"  {name:28} {value:.4g}", flush=True)
-            result |= figures
-        return result
+        return run_parts((part, getattr(self, f"_{part}")) for part in self.only)
 
     def _exact(self) -> dict[str, float]:
         """Worst of all cases, in each precision; other ways beside it."""

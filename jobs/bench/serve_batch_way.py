@@ -9,7 +9,8 @@ from ray import serve
 
 from ldm import unet
 from ldm.model_card import ModelCard
-from ldm.sampling import Trajectory, denoise_step
+from ldm.sampling import denoise_step
+from pipelines.serve.loaded_model import trajectory
 from pipelines.serve.messages import SampleRequest
 
 __all__ = ["BatchSampler"]
@@ -42,22 +43,9 @@ class BatchSampler:
         return await loop.run_in_executor(self.thread, partial(self._run, list(requests)))
 
     def _run(self, requests: Sequence[SampleRequest]) -> list[bytes]:
-        trajectories = [_trajectory(self.card, request) for request in requests]
+        trajectories = [trajectory(self.card, request) for request in requests]
         unfinished = trajectories
         while unfinished:
             denoise_step(self.unet, unfinished)
             unfinished = [trajectory for trajectory in unfinished if not trajectory.done]
         return [trajectory.latent.numpy().tobytes() for trajectory in trajectories]
-
-
-def _trajectory(card: ModelCard, request: SampleRequest) -> Trajectory:
-    return Trajectory(
-        shape=request.shape,
-        scheduler=request.scheduler,
-        scheduler_config=card.scheduler_config,
-        num_inference_steps=request.num_steps,
-        guidance=request.guidance,
-        seed=request.seed,
-        condition=request.condition.conditioning(),
-        null=None if request.null is None else request.null.conditioning(),
-    )

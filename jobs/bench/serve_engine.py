@@ -18,9 +18,9 @@ from jobs.bench.serve_load import Arrival, Outcome, offer, poisson
 from jobs.bench.serve_model import bench_card, bench_request
 from ldm import unet
 from ldm.model_card import ModelCard
-from ldm.sampling import Trajectory, denoise_step
+from ldm.sampling import denoise_step
 from pipelines.serve.engine import Engine
-from pipelines.serve.loaded_model import LoadedModel
+from pipelines.serve.loaded_model import LoadedModel, trajectory
 from pipelines.serve.step_costs import LatentShape
 from pipelines.serve.tickets import Observer, Reason, Refused, Ticket, TooLate
 
@@ -93,7 +93,7 @@ async def _efficiency(card: ModelCard, model: torch.nn.Module, rounds: int) -> d
 def _bare(loaded: LoadedModel, model: torch.nn.Module, count: int, batch: int) -> None:
     for start in range(0, count, batch):
         requests = [bench_request(loaded.card, STEPS, seed) for seed in range(start, start + batch)]
-        trajectories: list[Trajectory] = [loaded._start(request) for request in requests]
+        trajectories = [trajectory(loaded.card, request) for request in requests]
         while not trajectories[0].done:
             denoise_step(model, trajectories)
 

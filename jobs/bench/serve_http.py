@@ -1,21 +1,14 @@
 """A whole server under more load than it can carry, over HTTP: refusals, latency, and what comes after."""
 
 import asyncio
-import socket
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 
 from jobs.bench.serve_load import Arrival, Outcome, offer, poisson, quantile
-from jobs.bench.serve_model import bench_card
-from pipelines.serve.config import JobsConfig, ModelSource, SamplerPool, ServeConfig, StagePool
-from pipelines.serve.generation_request import Limits
-from pipelines.serve.guard import AccessConfig
+from jobs.bench.serve_model import bench_server
+from pipelines.serve.config import SamplerPool, StagePool
 
 __all__ = ["overload"]
 
@@ -59,7 +52,8 @@ class Client:
 
 def overload(preset: str, side: int, factor: float, seconds: float) -> dict[str, float]:
     """Load of ``factor`` times what the server can do, for ``seconds``. Needs a connected Ray."""
-    with _serving(preset, side) as url:
+    sampler = SamplerPool(threads=1, max_slowdown=MAX_SLOWDOWN, max_ongoing=1000)
+    with bench_server(preset, side, sampler, StagePool(threads=1)) as url:
         return asyncio.run(_overload(url, factor, seconds))
 
 
@@ -122,27 +116,3 @@ async def _recovery(url: str, rate: float, normal_s: float) -> float:
     await client.close()
     slow = [o.arrival.at_s for o in outcomes if o.refused or o.latency_s > 2 * normal_s]
     return max(slow, default=0.0)
-
-
-@contextmanager
-def _serving(preset: str, side: int) -> Iterator[str]:
-    from jobs.cluster import ClusterConfig
-    from jobs.serve import serving
-    from pipelines.serve.application import Checked
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        bench_card(Path(folder) / "model", preset, side)
-        config = ServeConfig(
-            models={"bench": ModelSource(folder=Path(folder) / "model")},
-            ingress=StagePool(num_cpus=0.5, max_ongoing=10_000),
-            sampler=SamplerPool(threads=1, max_slowdown=MAX_SLOWDOWN, max_ongoing=1000),
-            decoder=StagePool(threads=1),
-            limits=Limits(sizes_multiple_px=8),
-            access=AccessConfig(requests_per_minute=10**6, max_concurrent=10**4),
-            jobs=JobsConfig(url=f"{folder}/jobs"),
-            cache_bytes=0,
-        )
-        with serving(Checked(config), ClusterConfig(), "127.0.0.1", port):
-            yield f"http://127.0.0.1:{port}"

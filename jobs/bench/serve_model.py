@@ -1,13 +1,20 @@
 """A small model with random weights, for benches of serving: what a call costs does not depend on them."""
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ldm import autoencoder, checkpoint, unet
 from ldm.model_card import ModelCard, read_card
 from ldm.objective import NoiseSchedule
+from pipelines.serve.config import JobsConfig, ModelSource, SamplerPool, ServeConfig, StagePool
+from pipelines.serve.generation_request import Limits
+from pipelines.serve.guard import AccessConfig
 from pipelines.serve.messages import Condition, SampleRequest
 
-__all__ = ["NUM_CLASSES", "bench_card", "bench_request"]
+__all__ = ["NUM_CLASSES", "bench_card", "bench_request", "bench_server"]
 
 NUM_CLASSES = 10
 VAE = "f8"
@@ -51,3 +58,28 @@ def bench_request(
         deadline=deadline,
         preview_every=preview_every,
     )
+
+
+@contextmanager
+def bench_server(preset: str, side: int, sampler: SamplerPool, decoder: StagePool) -> Iterator[str]:
+    """The URL of a whole server, without limits of rates and without a cache. Needs a connected Ray."""
+    from jobs.cluster import ClusterConfig
+    from jobs.serve import serving
+    from pipelines.serve.application import Checked
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    with TemporaryDirectory() as folder:
+        bench_card(Path(folder) / "model", preset, side)
+        config = ServeConfig(
+            models={"bench": ModelSource(folder=Path(folder) / "model")},
+            ingress=StagePool(num_cpus=0.5, max_ongoing=10_000),
+            sampler=sampler,
+            decoder=decoder,
+            limits=Limits(sizes_multiple_px=8),
+            access=AccessConfig(requests_per_minute=10**6, max_concurrent=10**4),
+            jobs=JobsConfig(url=f"{folder}/jobs"),
+            cache_bytes=0,
+        )
+        with serving(Checked(config), ClusterConfig(), "127.0.0.1", port):
+            yield f"http://127.0.0.1:{port}"

@@ -12,8 +12,8 @@ from jobs.bench.rounds import median_seconds
 from jobs.bench.serve_model import bench_card, bench_request
 from ldm import autoencoder, unet
 from ldm.model_card import ModelCard, read_card
-from ldm.sampling import Trajectory, sample
-from pipelines.serve.messages import SampleRequest
+from ldm.sampling import sample
+from pipelines.serve.loaded_model import trajectory
 
 __all__ = ["loss_db", "speed"]
 
@@ -47,18 +47,4 @@ def loss_db(folder: Path) -> dict[str, float]:
 def _latents(card: ModelCard, model: nn.Module, every: int) -> Tensor:
     """One image for each of `IMAGES` seeds, staggered as requests are that come one after the other."""
     requests = [replace(bench_request(card, STEPS, seed), refresh_every=every) for seed in range(IMAGES)]
-    return sample(model, [_trajectory(card, request) for request in requests], batch_size=IMAGES)
-
-
-def _trajectory(card: ModelCard, request: SampleRequest) -> Trajectory:
-    return Trajectory(
-        shape=request.shape,
-        scheduler=request.scheduler,
-        scheduler_config=card.scheduler_config,
-        num_inference_steps=request.num_steps,
-        guidance=request.guidance,
-        seed=request.seed,
-        condition=request.condition.conditioning(),
-        null=None if request.null is None else request.null.conditioning(),
-        refresh_every=request.refresh_every,
-    )
+    return sample(model, [trajectory(card, request) for request in requests], batch_size=IMAGES)

@@ -1,11 +1,8 @@
 """How soon stages get and lose replicas, and that each moves alone; with a plot of replicas over time."""
 
 import asyncio
-import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -13,10 +10,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from jobs.bench.serve_model import bench_card
-from pipelines.serve.config import JobsConfig, ModelSource, SamplerPool, ServeConfig, StagePool
-from pipelines.serve.generation_request import Limits
-from pipelines.serve.guard import AccessConfig
+from jobs.bench.serve_model import bench_server
+from pipelines.serve.config import SamplerPool, StagePool
 
 __all__ = ["scaling"]
 
@@ -60,7 +55,16 @@ class Watch:
 
 def scaling(preset: str, side: int, plot: Path) -> dict[str, float]:
     """Burst, then nothing, then a load for one stage and one for the other. Needs a connected Ray."""
-    with _serving(preset, side) as url:
+    stage = {
+        "threads": 1,
+        "min_replicas": 0,
+        "max_replicas": 2,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": DOWN_DELAY_S,
+    }
+    sampler = SamplerPool.model_validate(stage | {"min_replicas": 1, "target_s": 5.0, "max_ongoing": 16})
+    decoder = StagePool.model_validate(stage | {"target_s": 2.0})
+    with bench_server(preset, side, sampler, decoder) as url:
         return asyncio.run(_scaling(url, plot))
 
 
@@ -178,36 +182,3 @@ def _draw(watch: Watch, plot: Path) -> None:
     plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(plot, dpi=120)
     pyplot.close(figure)
-
-
-@contextmanager
-def _serving(preset: str, side: int) -> Iterator[str]:
-    from jobs.cluster import ClusterConfig
-    from jobs.serve import serving
-    from pipelines.serve.application import Checked
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        bench_card(Path(folder) / "model", preset, side)
-        stage = {
-            "threads": 1,
-            "min_replicas": 0,
-            "max_replicas": 2,
-            "upscale_delay_s": 0.5,
-            "downscale_delay_s": DOWN_DELAY_S,
-        }
-        config = ServeConfig(
-            models={"bench": ModelSource(folder=Path(folder) / "model")},
-            ingress=StagePool(num_cpus=0.5, max_ongoing=10_000),
-            sampler=SamplerPool.model_validate(
-                stage | {"target_s": 5.0, "max_ongoing": 16, "min_replicas": 1}
-            ),
-            decoder=StagePool.model_validate(stage | {"target_s": 2.0}),
-            limits=Limits(sizes_multiple_px=8),
-            access=AccessConfig(requests_per_minute=10**6, max_concurrent=10**4),
-            jobs=JobsConfig(url=f"{folder}/jobs"),
-            cache_bytes=0,
-        )
-        with serving(Checked(config), ClusterConfig(), "127.0.0.1", port):
-            yield f"http://127.0.0.1:{port}"

@@ -20,7 +20,7 @@ from pipelines.serve.messages import SampleRequest
 from pipelines.serve.step_costs import LatentShape, StepCosts, timed
 from pipelines.serve.tickets import Observer, Work
 
-__all__ = ["LoadedModel"]
+__all__ = ["LoadedModel", "trajectory"]
 
 # Steps of the trajectories that calls are timed with.
 TIMED_STEPS = 20
@@ -71,7 +71,7 @@ class LoadedModel:
         """What the engine takes. UserError for a request that cannot be sampled."""
         num_steps = self.card.check(request.scheduler, request.num_steps, request.guidance)
         return Work(
-            start=partial(self._start, request),
+            start=partial(trajectory, self.card, request, self.device),
             shape=request.shape,
             num_steps=num_steps - _first_step(request),
             rows=1 if request.guidance == 1.0 else 2,
@@ -101,29 +101,31 @@ class LoadedModel:
         if not loop.is_closed() and not self._running.done():
             loop.call_soon_threadsafe(_end, self.engine, self._running)
 
-    def _start(self, request: SampleRequest) -> Trajectory:
-        edit, x0_Chw, mask_hw = request.edit, None, None
-        if edit is not None:
-            x0_Chw = self.card.whitening.normalise(torch.tensor(edit.latent_Chw)[None])[0]
-            mask_hw = None if edit.mask_hw is None else torch.tensor(edit.mask_hw)
-        return Trajectory(
-            shape=request.shape,
-            scheduler=request.scheduler,
-            scheduler_config=self.card.scheduler_config,
-            num_inference_steps=request.num_steps,
-            guidance=request.guidance,
-            seed=request.seed,
-            condition=request.condition.conditioning(),
-            null=None if request.null is None else request.null.conditioning(),
-            device=self.device,
-            x0=x0_Chw,
-            first_step=_first_step(request),
-            mask=mask_hw,
-            refresh_every=request.refresh_every,
-        )
-
     def _draw(self, trajectory: Trajectory) -> NDArray[np.uint8]:
         return self.preview(self.card.whitening.denormalise(trajectory.denoised[None])[0])
+
+
+def trajectory(card: ModelCard, request: SampleRequest, device: torch.device | str = "cpu") -> Trajectory:
+    """What a request asks for, before its first step."""
+    edit, x0_Chw, mask_hw = request.edit, None, None
+    if edit is not None:
+        x0_Chw = card.whitening.normalise(torch.tensor(edit.latent_Chw)[None])[0]
+        mask_hw = None if edit.mask_hw is None else torch.tensor(edit.mask_hw)
+    return Trajectory(
+        shape=request.shape,
+        scheduler=request.scheduler,
+        scheduler_config=card.scheduler_config,
+        num_inference_steps=request.num_steps,
+        guidance=request.guidance,
+        seed=request.seed,
+        condition=request.condition.conditioning(),
+        null=None if request.null is None else request.null.conditioning(),
+        device=device,
+        x0=x0_Chw,
+        first_step=_first_step(request),
+        mask=mask_hw,
+        refresh_every=request.refresh_every,
+    )
 
 
 def _first_step(request: SampleRequest) -> int:

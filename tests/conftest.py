@@ -164,35 +164,45 @@ def latent_folder(write_latents: Callable[..., Path], tmp_path_factory: pytest.T
     return write_latents(tmp_path_factory.mktemp("latents") / "dataset")
 
 
+def save_checkpoint(folder: Path, model: object, prediction: str, vae: Path, **info: object) -> Path:
+    """A checkpoint of latents (3, 8, 8) for that U-Net; info: what else `CheckpointInfo` is to say."""
+    from ldm import checkpoint
+    from ldm.autoencoder import load
+    from ldm.objective import NoiseSchedule
+
+    checkpoint.save(
+        folder,
+        ema=model,
+        last=model,
+        scheduler_config=NoiseSchedule(prediction=prediction).scheduler_config(),  # type: ignore[arg-type]
+        info=checkpoint.CheckpointInfo(
+            step=1,
+            latent_shape=(3, 8, 8),
+            shift=(0.5, -0.5, 0.0),
+            scale=(1.0, 2.0, 0.5),
+            vae=str(vae),
+            vae_fingerprint=load(vae).fingerprint,
+            **info,  # type: ignore[arg-type]
+        ),
+    )
+    return folder
+
+
 @pytest.fixture(scope="session")
 def checkpoint_folders(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """prediction → a checkpoint with random weights: latents (3, 8, 8), classes cat and dog."""
     import torch
 
-    from ldm import checkpoint, unet
-    from ldm.autoencoder import load
-    from ldm.objective import NoiseSchedule
+    from ldm import unet
 
     folders = {}
     for prediction in ("v_prediction", "flow"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = unet.build("tiny", in_channels=3, num_classes=2, sample_size=8)
-        folders[prediction] = tmp_path_factory.mktemp(prediction)
-        checkpoint.save(
-            folders[prediction],
-            ema=model,
-            last=model,
-            scheduler_config=NoiseSchedule(prediction=prediction).scheduler_config(),  # type: ignore[arg-type]
-            info=checkpoint.CheckpointInfo(
-                step=1,
-                latent_shape=(3, 8, 8),
-                shift=(0.5, -0.5, 0.0),
-                scale=(1.0, 2.0, 0.5),
-                vae=str(vae_folder),
-                vae_fingerprint=load(vae_folder).fingerprint,
-                class_names=("cat", "dog"),
-            ),
+        folder = tmp_path_factory.mktemp(prediction)
+        folders[prediction] = save_checkpoint(
+            folder, model, prediction, vae_folder, class_names=("cat", "dog")
         )
     return folders
 
@@ -202,9 +212,7 @@ def save_upsampler(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """(seed, prediction="v_prediction", vae=…) → a random upsampler × 2 of latents (3, 8, 8)."""
     import torch
 
-    from ldm import checkpoint, unet
-    from ldm.autoencoder import load
-    from ldm.objective import NoiseSchedule
+    from ldm import unet
 
     def save(seed: int, prediction: str = "v_prediction", vae: Path = vae_folder) -> Path:
         with torch.random.fork_rng():
@@ -212,26 +220,16 @@ def save_upsampler(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
             model = unet.build(
                 "tiny", in_channels=6, out_channels=3, num_classes=None, num_noise_levels=1000, sample_size=8
             )
-        folder = tmp_path_factory.mktemp("upsampler")
-        checkpoint.save(
-            folder,
-            ema=model,
-            last=model,
-            scheduler_config=NoiseSchedule(prediction=prediction).scheduler_config(),  # type: ignore[arg-type]
-            info=checkpoint.CheckpointInfo(
-                step=1,
-                latent_shape=(3, 8, 8),
-                shift=(0.5, -0.5, 0.0),
-                scale=(1.0, 2.0, 0.5),
-                vae=str(vae),
-                vae_fingerprint=load(vae).fingerprint,
-                class_names=None,
-                upsampling_factor=2,
-                max_noise_level=100,
-                residual_shift=(0.0, 0.0, 0.0),
-                residual_scale=(0.5, 1.0, 0.25),
-            ),
+        return save_checkpoint(
+            tmp_path_factory.mktemp("upsampler"),
+            model,
+            prediction,
+            vae,
+            class_names=None,
+            upsampling_factor=2,
+            max_noise_level=100,
+            residual_shift=(0.0, 0.0, 0.0),
+            residual_scale=(0.5, 1.0, 0.25),
         )
-        return folder
 
     return save

@@ -25,6 +25,7 @@ from pipelines.serve.keys import KeyRing
 from pipelines.serve.server import Server
 from pipelines.serve.stage_metrics import RequestMetrics
 from pipelines.serve.stages import Handle, Stages
+from pipelines.serve.switching import switch_often
 
 __all__ = ["Ingress", "api"]
 
@@ -40,6 +41,7 @@ class Ingress:
         runner: Handle,
         **stages: Any,
     ) -> None:
+        switch_often()
         _log_as_ray_does()
         metrics = RequestMetrics()
         self.server = Server(

@@ -1,6 +1,5 @@
 """The sampler stage: replicas that batch by step, and say how much work they have left."""
 
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +14,11 @@ from pipelines.serve.config import SamplerPool
 from pipelines.serve.loaded_model import LoadedModel
 from pipelines.serve.messages import Accepted, Progress, Rejected, Sampled, SampleEvent, SampleRequest
 from pipelines.serve.stage_metrics import SamplerMetrics
+from pipelines.serve.switching import switch_often
 from pipelines.serve.tickets import Refused, Ticket, TooLate
 from pipelines.serve.work_left import SECONDS_LEFT, SECONDS_PER_REQUEST
 
 __all__ = ["Sampler"]
-
-# Python's own is ten times that, and a request needs the interpreter a dozen times before it is refused.
-SWITCH_INTERVAL_S = 0.0005
 
 
 class Sampler:
@@ -33,8 +30,7 @@ class Sampler:
     ) -> None:
         if pool.threads:
             torch.set_num_threads(pool.threads)
-        # The thread of the U-Net holds the interpreter between its kernels: who asks meanwhile waits so long.
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        switch_often()
         self.cards, self.adapters, self.pool = cards, adapters, pool
         self.device = pick_device()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="unet")

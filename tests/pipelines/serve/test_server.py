@@ -329,16 +329,51 @@ def test_no_request_fails_when_a_sampler_is_killed(client: OpenAI) -> None:
     assert _same(_pixels(again.data[0].b64_json), _pixels(undisturbed.data[0].b64_json))
 
 
+def _samples(http: httpx.Client, name: str) -> dict[str, float]:
+    """Values of a metric, summed over replicas; every name of which there is a sample."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return {key: value for key, value in found.items() if key.startswith(name)}
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 def test_metrics_are_what_prometheus_reads(http: httpx.Client, client: OpenAI) -> None:
     client.images.generate(prompt="", extra_body={"num_inference_steps": 2})
-    wanted = {"ray_ldm_serve_step_seconds", "ray_ldm_serve_queue_seconds", "ray_ldm_serve_batch_fill"}
-    end = time.monotonic() + DEADLINE_S
-    while True:
-        families = {family.name for family in text_string_to_metric_families(http.get("/metrics").text)}
-        if wanted <= families:
-            break
-        assert time.monotonic() < end, families
-        time.sleep(0.5)
+    wanted = {"step_seconds_count", "queue_seconds_count", "batch_fill_count", "stage_seconds_count"}
+    prefix = "ray_ldm_serve_"
+    _wait_for(lambda: {prefix + name for name in wanted} <= _samples(http, prefix).keys())
+
+
+def test_whoever_leaves_has_cancelled(http: httpx.Client) -> None:
+    name = "ray_ldm_serve_cancellations_total"
+    before = _samples(http, name).get(name, 0.0)
+    body = {"num_inference_steps": MAX_STEPS, "stream": True, "partial_images": 50, "seed": 77}
+    with http.stream("POST", "/v1/images/generations", json=body) as answer:
+        next(answer.iter_lines())
+    _wait_for(lambda: _samples(http, name).get(name, 0.0) == before + 1)
+
+
+def test_who_sends_slowly_holds_nobody_up(server_url: str, http: httpx.Client) -> None:
+    url = httpx.URL(server_url)
+    slow = [socket.create_connection((url.host, url.port), timeout=DEADLINE_S) for _ in range(50)]
+    try:
+        for index, connection in enumerate(slow):
+            head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\n"
+            half = head if index % 2 else f"{head}Content-Length: 100\r\n\r\n{{"
+            connection.sendall(half.encode())
+        assert http.get("/healthz").status_code == 200
+        assert http.post("/v1/images/generations", json={"num_inference_steps": 2}).status_code == 200
+    finally:
+        for connection in slow:
+            connection.close()
 
 
 def test_health_and_the_page(http: httpx.Client) -> None:

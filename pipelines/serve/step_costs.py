@@ -21,6 +21,9 @@ LatentShape: TypeAlias = tuple[int, int, int]
 
 # A larger batch has to save this share of the time of a row, or it is not worth the wait.
 WORTH = 0.05
+# A call this long keeps the device busy by itself: more rows would take longer in proportion, and so would
+# measuring them.
+LONG_S = 0.5
 # Weight of the newest call in what is known of a shape's speed now.
 NEWEST = 0.1
 
@@ -72,6 +75,8 @@ class StepCosts:
         while rows <= self.max_rows:
             found.rows.append(rows)
             found.seconds.append(self._measure(shape, rows))
+            if found.seconds[-1] > LONG_S:
+                break
             if len(found.rows) > 1 and found.seconds[-1] / rows > found.seconds[-2] / found.rows[-2]:
                 break
             rows *= 2
@@ -101,17 +106,23 @@ def timed(
 ) -> Callable[[LatentShape, int], float]:
     """What `StepCosts` measures with: the median of ``calls`` of ``step``, after one that warms up.
 
+    One has to do where it takes long, since requests wait meanwhile.
+
     make: an unguided trajectory of at least so many steps and one more.
     """
 
     def measure(shape: LatentShape, rows: int) -> float:
         trajectories = [make(shape) for _ in range(rows)]
-        step(trajectories)
-        seconds = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            step(trajectories)
-            seconds.append(time.perf_counter() - start)
-        return median(seconds)
+        _seconds(step, trajectories)
+        found = [_seconds(step, trajectories)]
+        while len(found) < calls and found[0] <= LONG_S:
+            found.append(_seconds(step, trajectories))
+        return median(found)
 
     return measure
+
+
+def _seconds(step: Callable[[Sequence[Trajectory]], None], trajectories: Sequence[Trajectory]) -> float:
+    start = time.perf_counter()
+    step(trajectories)
+    return time.perf_counter() - start

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.serve.step_costs import StepCosts
+from pipelines.serve.step_costs import LatentShape, StepCosts
 
 SHAPE = (4, 8, 8)
 
@@ -50,3 +50,27 @@ def test_a_machine_that_slows_down_is_noticed() -> None:
         costs.observe(SHAPE, 1, 3.0)
 
     assert costs.seconds(SHAPE, 1) == pytest.approx(3.0, rel=0.01)
+
+
+def test_a_call_that_keeps_the_device_busy_by_itself_is_measured_once_and_has_no_company() -> None:
+    asked: list[int] = []
+
+    def measure(_: LatentShape, rows: int) -> float:
+        asked.append(rows)
+        return 0.6 * rows
+
+    costs = StepCosts(measure, max_rows=32)
+    costs.calibrate(SHAPE)
+    assert asked == [1] and costs.best_rows(SHAPE) == 1
+    assert costs.seconds(SHAPE, 2) == pytest.approx(1.2)
+
+
+def test_rows_within_a_time() -> None:
+    costs = _costs({1: 0.010, 2: 0.012, 4: 0.016, 8: 0.024, 16: 0.040})
+    assert [costs.rows_within(SHAPE, seconds) for seconds in (0.009, 0.010, 0.0161, 0.024, 1.0)] == [
+        0,
+        1,
+        4,
+        8,
+        16,
+    ]

@@ -160,7 +160,7 @@ def cancels(preset: str, side: int, count: int) -> dict[str, float]:
 
 async def _cancels(card: ModelCard, count: int) -> dict[str, float]:
     observer, extra, harmed = _Cancelled(), list[int](), 0
-    async with _loaded(card, observer, max_requests=count) as loaded:
+    async with _loaded(card, observer) as loaded:
         staying = [
             await loaded.engine.submit(loaded.work(bench_request(card, STEPS, seed), None))
             for seed in range(4)

@@ -121,6 +121,8 @@ class Ticket:
     def fail(self, error: Exception) -> None:
         if not self.done.done():
             self.done.set_exception(error)
+            # So that asyncio does not complain where whoever asked has gone without a word.
+            self.done.exception()
         self._changed.set()
 
     def tell(self, update: Update) -> None:

@@ -14,7 +14,7 @@ def test_the_engine_part_has_its_figures() -> None:
 
 
 def test_deadlines_are_compared() -> None:
-    found = BenchServeJob(only=("deadlines",), preset="tiny", side=4, seeds=1, seconds=1.0).run()
+    found = BenchServeJob(only=("deadlines",), preset="tiny", side=4, seeds=1, seconds=0.5).run()
     assert {"deadline_gain", "overload_goodput"} <= found.keys()
 
 

@@ -19,7 +19,7 @@ from pipelines.serve.edit_upload import read_edit
 from pipelines.serve.generation_request import GenerationRequest
 from pipelines.serve.image_maker import EditInput, ImageMaker, Made, MakerEvent, Previewed
 from pipelines.serve.image_plan import ImagePlan, Refusal
-from pipelines.serve.merging import merged
+from pipelines.serve.merging import merged, together
 from pipelines.serve.messages import Rejected
 from pipelines.serve.server import Server
 from pipelines.serve.stages import StageFailed
@@ -73,10 +73,13 @@ async def _answer(server: Server, request: GenerationRequest, edit: EditInput | 
     plans = planned(request, server)
     if server.config.log_prompts:
         LOG.info("prompt %r, negative prompt %r", request.prompt, request.negative_prompt)
-    async with asyncio.timeout(server.config.request_timeout_s):
-        images = await _begun(server.maker, request, plans, edit)
-        if not request.stream:
-            return await _at_once(images)
+    try:
+        async with asyncio.timeout(server.config.request_timeout_s):
+            images = await _begun(server.maker, request, plans, edit)
+            if not request.stream:
+                return await _at_once(images)
+    except (StageFailed, TimeoutError) as error:
+        raise failed(error) from error
     return EventSourceResponse(_stream(images, server), ping=int(server.config.keep_alive_s), sep="\n")
 
 
@@ -86,7 +89,7 @@ async def _begun(
     """All accepted; or ApiError, and none goes on."""
     events = [maker.make(plan, _preview_every(request, plan), edit) for plan in plans]
     try:
-        for first in await asyncio.gather(*(anext(each) for each in events)):
+        for first in await together(_next(each) for each in events):
             if isinstance(first, Rejected):
                 raise rejected(first)
     except Refusal as refusal:
@@ -96,6 +99,10 @@ async def _begun(
         await _close(events)
         raise
     return Images(request, plans, events, PREFIX if edit is None else "image_edit")
+
+
+async def _next(events: AsyncIterator[MakerEvent]) -> MakerEvent:
+    return await anext(events)
 
 
 async def _close(events: Sequence[AsyncIterator[MakerEvent]]) -> None:
@@ -109,7 +116,7 @@ def _preview_every(request: GenerationRequest, plan: ImagePlan) -> int:
 
 
 async def _at_once(images: Images) -> Response:
-    files = await asyncio.gather(*map(_file, images.events))
+    files = await together(map(_file, images.events))
     data = [
         {"b64_json": _base64(file), "seed": plan.seed} for file, plan in zip(files, images.plans, strict=True)
     ]

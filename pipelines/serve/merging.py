@@ -1,12 +1,24 @@
-"""Several streams of events as one."""
+"""Several things that go on at the same time, and end together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
-__all__ = ["merged"]
+__all__ = ["merged", "together"]
 
 Event = TypeVar("Event")
+Result = TypeVar("Result")
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Results in their order. The first error ends all, and is raised when they have ended."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:

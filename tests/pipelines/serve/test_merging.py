@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from pipelines.serve.merging import merged
+from pipelines.serve.merging import merged, together
 
 
 async def _counting(name: str, count: int, closed: list[str]) -> AsyncIterator[str]:
@@ -59,5 +59,32 @@ def test_nothing_is_asked_for_after_the_reader_has_left() -> None:
         before = len(asked)
         await asyncio.sleep(0.01)
         assert len(asked) == before
+
+    asyncio.run(run())
+
+
+def test_results_come_in_their_order_and_an_error_ends_the_others() -> None:
+    ended: list[str] = []
+
+    async def slow(name: str) -> str:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(name)
+        return name
+
+    async def soon(value: int) -> int:
+        await asyncio.sleep(0.001 * (3 - value))
+        return value
+
+    async def broken() -> str:
+        await asyncio.sleep(0)
+        raise ValueError("broken")
+
+    async def run() -> None:
+        assert await together(soon(value) for value in range(3)) == [0, 1, 2]
+        with pytest.raises(ValueError, match="broken"):
+            await together([slow("a"), broken(), slow("b")])
+        assert sorted(ended) == ["a", "b"]
 
     asyncio.run(run())

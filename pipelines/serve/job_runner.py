@@ -45,6 +45,11 @@ class JobRunner:
         """There is something new in the store."""
         self.wake.set()
 
+    async def check_health(self) -> None:
+        """Ray Serve starts another replica where this raises: one that looks at the store anew."""
+        if self.main.done():
+            await self.main
+
     async def _run(self) -> None:
         expired_at = 0.0
         while True:

@@ -89,6 +89,12 @@ class LoadedModel:
     def is_closed(self) -> bool:
         return self._running.done()
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine, if anything but `close` did."""
+        is_over = self._running.done() and not self._running.cancelled()
+        return self._running.exception() if is_over else None
+
     async def close(self) -> None:
         """Takes nothing more, ends what it has, and then itself."""
         await self.engine.drain()

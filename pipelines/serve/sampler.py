@@ -64,6 +64,12 @@ class Sampler:
         finally:
             ticket.cancel()
 
+    async def check_health(self) -> None:
+        """Ray Serve starts another replica where this raises: an engine has ended."""
+        for model in self._models:
+            if model.failure is not None:
+                raise model.failure
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `pipelines.serve.work_left.WorkLeft`."""
         engines = [model.engine for model in self._models]

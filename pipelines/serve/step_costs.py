@@ -57,11 +57,13 @@ class StepCosts:
     """Seconds of a call with some rows of latents of one shape.
 
     measure: (shape, rows) → seconds of such a call; asked for 1, 2, 4, … rows of a shape up to ``max_rows``,
-    and no further than more rows pay.
+    and no further than more rows pay, or a call takes longer than ``long_s``.
     """
 
-    def __init__(self, measure: Callable[[LatentShape, int], float], max_rows: int) -> None:
-        self._measure, self.max_rows = measure, max_rows
+    def __init__(
+        self, measure: Callable[[LatentShape, int], float], max_rows: int, long_s: float = LONG_S
+    ) -> None:
+        self._measure, self.max_rows, self._long_s = measure, max_rows, long_s
         self._shapes: dict[LatentShape, _Shape] = {}
 
     def knows(self, shape: LatentShape) -> bool:
@@ -75,7 +77,7 @@ class StepCosts:
         while rows <= self.max_rows:
             found.rows.append(rows)
             found.seconds.append(self._measure(shape, rows))
-            if found.seconds[-1] > LONG_S:
+            if found.seconds[-1] > self._long_s:
                 break
             if len(found.rows) > 1 and found.seconds[-1] / rows > found.seconds[-2] / found.rows[-2]:
                 break

@@ -60,6 +60,19 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return final_state(dataset, out)
 
 
+def test_a_killed_worker_changes_no_bit(dataset: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """Ray starts both ranks again; they go back at most to the snapshot before."""
+    out = tmp_path / "out"
+    process = start(dataset, out)
+    wait_for_step(out, 15, process)
+    kill_worker(process)
+    finish(process)
+    steps = [json.loads(line)["step"] for line in (out / METRICS_FILE).read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+    assert differing(final_state(dataset, out), undisturbed) == []
+
+
+@pytest.mark.faults_long
 @pytest.mark.timeout(600)
 def test_kills_change_no_bit(dataset: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """Worker, then everything, then the driver alone; each about the middle of a checkpoint interval."""

@@ -1,4 +1,5 @@
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -73,7 +74,7 @@ def _with_engine(
     observer: Observer | None = None,
 ) -> None:
     async def run() -> None:
-        costs = StepCosts(machine.seconds, max_rows)
+        costs = StepCosts(machine.seconds, max_rows, long_s=math.inf)
         engine = Engine(
             machine,
             costs,
@@ -287,7 +288,7 @@ def test_previews_come_at_the_steps_that_were_asked_for() -> None:
 def test_whoever_waits_when_the_engine_ends_is_told() -> None:
     async def run() -> None:
         machine = Machine(_free_rows)
-        engine = Engine(machine, StepCosts(machine.seconds, 4), clock=lambda: machine.now)
+        engine = Engine(machine, StepCosts(machine.seconds, 4, long_s=math.inf), clock=lambda: machine.now)
         task = asyncio.create_task(engine.run())
         ticket = await engine.submit(_work(1, 10**3))
         task.cancel()

@@ -28,7 +28,7 @@ def test_measuring_ends_where_a_row_becomes_dearer() -> None:
 
     def measure(_: object, rows: int) -> float:
         asked.append(rows)
-        return {1: 1.0, 2: 1.8, 4: 4.0}[rows]
+        return {1: 0.10, 2: 0.18, 4: 0.40}[rows]
 
     costs = StepCosts(measure, 64)
     costs.calibrate(SHAPE)
@@ -38,9 +38,9 @@ def test_measuring_ends_where_a_row_becomes_dearer() -> None:
 
 
 def test_seconds_between_and_beyond_measured_rows() -> None:
-    costs = _costs({1: 1.0, 2: 1.2, 4: 1.8}, max_rows=4)
+    costs = _costs({1: 0.10, 2: 0.12, 4: 0.18}, max_rows=4)
 
-    assert [costs.seconds(SHAPE, rows) for rows in (1, 3, 8)] == pytest.approx([1.0, 1.5, 3.6])
+    assert [costs.seconds(SHAPE, rows) for rows in (1, 3, 8)] == pytest.approx([0.10, 0.15, 0.36])
 
 
 def test_a_machine_that_slows_down_is_noticed() -> None:

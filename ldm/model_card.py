@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from ldm import autoencoder as autoencoders
 from ldm import checkpoint, unet
 from ldm.autoencoder import Autoencoder
+from ldm.checkpoint import CheckpointInfo
 from ldm.conditioning import ClassConditioner, Conditioning
 from ldm.errors import UserError
 from ldm.feature_reuse import check_cut
@@ -20,6 +21,7 @@ from ldm.objective import kind_of
 from ldm.preview import LatentPreview
 from ldm.sampling import Trajectory
 from ldm.schedulers import SCHEDULERS, default_scheduler
+from ldm.text import load_text_encoder
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -142,6 +144,7 @@ def _of_checkpoint(folder: Path, vae: str | None) -> ModelCard:
     model, source = unet.load(folder), vae or info.vae
     autoencoder = autoencoders.load(source)
     checkpoint.check_vae(autoencoder, info.vae_fingerprint, f"checkpoint {folder}")
+    _check_text_encoder(info)
     return ModelCard(
         folder=folder,
         fingerprint=unet.fingerprint(model),
@@ -184,6 +187,17 @@ def _of_stable_diffusion(folder: Path, vae: str | None) -> ModelCard:
         padded_text=True,
         embedding_width=int(model.config["cross_attention_dim"]),
     )
+
+
+def _check_text_encoder(info: CheckpointInfo) -> None:
+    if info.text_encoder is None:
+        return
+    encoder = load_text_encoder(info.text_encoder)
+    if encoder.fingerprint != info.text_fingerprint:
+        raise UserError(
+            f"text encoder {info.text_encoder} is not the one of the checkpoint, or not with its options",
+            allowed="the encoder that it was trained with, its output and its longest texts",
+        )
 
 
 def _preview(autoencoder: Autoencoder, whitening: Whitening) -> tuple[tuple[float, float, float], ...]:

@@ -20,6 +20,7 @@ from pipelines.serve.job_runner import JobRunner
 from pipelines.serve.keys import KeyRing
 from pipelines.serve.sampler import Sampler
 from pipelines.serve.upsampler import UpsamplerReplica
+from pipelines.vae_source import on_every_node
 
 __all__ = ["Checked", "application", "build"]
 
@@ -37,7 +38,10 @@ class Checked:
     def __init__(self, config: ServeConfig) -> None:
         """UserError for what is missing, damaged or does not fit."""
         self.config = config
-        self.cards = {name: read_card(source.folder, source.vae) for name, source in config.models.items()}
+        self.cards = {
+            name: _on_every_node(read_card(source.folder, source.vae))
+            for name, source in config.models.items()
+        }
         self.upsamplers = [Upsampler.read(stage.checkpoint) for stage in config.upsamplers]
         self._check_upsamplers()
         self.keys = KeyRing.load(config.access.key_file)
@@ -125,6 +129,12 @@ def _autoscaling_config(pool: StagePool, policy: dict[str, Any]) -> AutoscalingC
         target_ongoing_requests=pool.max_ongoing / 2,
         **policy,
     )
+
+
+def _on_every_node(card: ModelCard) -> ModelCard:
+    """With folders that replicas, which run elsewhere, find."""
+    text_encoder = card.text_encoder and on_every_node(card.text_encoder)
+    return card.model_copy(update={"vae": on_every_node(card.vae), "text_encoder": text_encoder})
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:

@@ -32,7 +32,7 @@ STRENGTH_WITHOUT_MASK = 0.75
 class EditRequest(GenerationRequest):
     """Fields of the form. ``input_fidelity`` is accepted, and changes nothing."""
 
-    strength: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         None, description="share of the steps that are taken; default 1 with a mask, 0.75 without"
     )
     input_fidelity: Literal["high", "low"] | None = None

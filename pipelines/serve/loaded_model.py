@@ -135,7 +135,10 @@ def trajectory(card: ModelCard, request: SampleRequest, device: torch.device | s
 
 
 def _first_step(request: SampleRequest) -> int:
-    return 0 if request.edit is None else first_step(request.edit.strength, request.num_steps)
+    if request.edit is None:
+        return 0
+    # A small strength of few steps would be none, and nothing to do.
+    return min(first_step(request.edit.strength, request.num_steps), request.num_steps - 1)
 
 
 def _end(engine: Engine, running: "asyncio.Task[None]") -> None:

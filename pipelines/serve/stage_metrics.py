@@ -54,33 +54,19 @@ class StageMetrics:
 
     def __init__(self, stage: str) -> None:
         self._seconds = Histogram("ldm_serve_stage_seconds", "Of one request", WORK_S, tag_keys=("stage",))
-        self._left = Gauge("ldm_serve_stage_seconds_left", "Of work in a replica", tag_keys=("stage",))
         self._tags = {"stage": stage}
 
     def done(self, seconds: float) -> None:
         self._seconds.observe(seconds, tags=self._tags)
 
-    def left(self, seconds: float) -> None:
-        self._left.set(seconds, tags=self._tags)
-
 
 class RequestMetrics:
-    """Of the ingress."""
+    """Of the ingress; Ray Serve itself counts requests and their answers."""
 
     def __init__(self) -> None:
-        self._requests = Counter("ldm_serve_requests", "Answered", tag_keys=("route", "status"))
-        self._seconds = Histogram("ldm_serve_request_seconds", "Of a request", WORK_S, tag_keys=("route",))
-        self._hits = Counter("ldm_serve_cache_hits", "Images that were there already")
         self._retries = Counter(
             "ldm_serve_retries", "Stages run again since a replica died", tag_keys=("stage",)
         )
-
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        self._requests.inc(tags={"route": route, "status": str(status)})
-        self._seconds.observe(seconds, tags={"route": route})
-
-    def cache_hit(self) -> None:
-        self._hits.inc()
 
     def retried(self, stage: str) -> None:
         self._retries.inc(tags={"stage": stage})

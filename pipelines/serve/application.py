@@ -84,10 +84,6 @@ def application(checked: Checked) -> Application:
     return bound
 
 
-def _conditioner(cards: dict[str, ModelCard], pool: StagePool) -> Any:
-    return _deployment(Conditioner, "conditioner", pool).bind(cards, pool)
-
-
 def build(arguments: dict[str, Any]) -> Application:
     """For ``serve deploy``: ``import_path: pipelines.serve.application:build``, ``args:`` a `ServeConfig`."""
     return application(Checked(ServeConfig.model_validate(arguments)))

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from ldm.model_card import ModelCard
 from ldm.text import TextEncoder, Tokens, load_text_encoder
 from pipelines.device import pick_device
 from pipelines.serve.config import StagePool
+from pipelines.serve.device_thread import device_thread
 from pipelines.serve.messages import Condition
 from pipelines.serve.stage_metrics import StageMetrics
 from pipelines.serve.work_left import WorkMeter
@@ -30,7 +30,7 @@ class Conditioner:
         if pool.threads:
             torch.set_num_threads(pool.threads)
         self.cards, self.device = cards, pick_device()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self.thread = device_thread("text")
         self.meter, self.metrics = WorkMeter(FIRST_GUESS_S), StageMetrics("conditioner")
         self._encoders: dict[str, TextEncoder] = {}
 

@@ -4,7 +4,6 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from ldm.tiling.decode import decode_rows
 from pipelines.device import pick_device
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.deep_zoom import write_tiles
+from pipelines.serve.device_thread import device_thread
 from pipelines.serve.image_files import CONTENT_TYPES, encode_image, reencode
 from pipelines.serve.job_store import JobStore
 from pipelines.serve.messages import DecodeRequest, Paste
@@ -47,7 +47,7 @@ class Decoder:
         if config.decoder.threads:
             torch.set_num_threads(config.decoder.threads)
         self.cards, self.config, self.device = cards, config, pick_device()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
+        self.thread = device_thread("vae")
         self.meter, self.metrics = WorkMeter(FIRST_GUESS_S_PER_PX), StageMetrics("decoder")
         self._autoencoders: dict[str, Autoencoder] = {}
         self._autoencoder(next(iter(cards)))

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.sampling import Trajectory
+from pipelines.serve.device_thread import device_thread
 from pipelines.serve.feasibility import Load, harms
 from pipelines.serve.step_costs import LatentShape, StepCosts
 from pipelines.serve.tickets import Observer, Reason, Refused, Stopped, Ticket, TooLate, Update, Work
@@ -62,7 +63,7 @@ class Engine:
         self._tickets: dict[LatentShape, list[Ticket]] = {}
         self._turns: deque[LatentShape] = deque()
         self._credit_s: dict[LatentShape, float] = {}
-        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="unet")
+        self._thread = thread or device_thread("unet")
         self._something_to_do = asyncio.Event()
         self._draining = False
 

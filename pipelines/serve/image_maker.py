@@ -24,6 +24,7 @@ from pipelines.serve.messages import (
     UpsampleRequest,
 )
 from pipelines.serve.stages import Stages
+from pipelines.serve.step_costs import LatentShape
 
 __all__ = ["EditInput", "ImageMaker", "Made", "MakerEvent", "Previewed", "ResultCache"]
 
@@ -118,7 +119,12 @@ class ImageMaker:
         self, plan: ImagePlan, preview_every: int = 0, edit: EditInput | None = None
     ) -> AsyncIterator[Accepted | Rejected | Previewed | Latent]:
         """As `make`, but with the last stage's latent in place of the file."""
-        request = await self._sample_request(plan, preview_every, edit)
+        shape = self._shape(plan, edit)
+        refusal = self.stages.refusal(plan.model, shape)
+        if refusal is not None:
+            yield refusal  # before the text encoder works for it
+            return
+        request = await self._sample_request(plan, shape, preview_every, edit)
         latent_Chw: Latent | None = None
         async for event in self.stages.sample(request):
             if isinstance(event, Sampled):
@@ -138,12 +144,13 @@ class ImageMaker:
                     latent_Chw = upsampled
         yield latent_Chw
 
+    def _shape(self, plan: ImagePlan, edit: EditInput | None) -> LatentShape:
+        return self.cards[plan.model].shape_of(plan.size_px if edit is None else edit.padded_HW3.shape[:2])
+
     async def _sample_request(
-        self, plan: ImagePlan, preview_every: int, edit: EditInput | None
+        self, plan: ImagePlan, shape: LatentShape, preview_every: int, edit: EditInput | None
     ) -> SampleRequest:
-        card = self.cards[plan.model]
-        condition, null = await self._conditions(plan, card)
-        shape = card.shape_of(plan.size_px if edit is None else edit.padded_HW3.shape[:2])
+        condition, null = await self._conditions(plan, self.cards[plan.model])
         return SampleRequest(
             model=plan.model,
             shape=shape,

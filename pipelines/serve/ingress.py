@@ -18,6 +18,7 @@ from pipelines.serve.api_jobs import job_routes
 from pipelines.serve.api_models import PAGE, model_routes
 from pipelines.serve.cluster_metrics import cluster_metrics
 from pipelines.serve.config import ServeConfig
+from pipelines.serve.device_thread import switch_often
 from pipelines.serve.guard import Guard
 from pipelines.serve.image_maker import ImageMaker, ResultCache
 from pipelines.serve.job_store import JobStore
@@ -25,7 +26,6 @@ from pipelines.serve.keys import KeyRing
 from pipelines.serve.server import Server
 from pipelines.serve.stage_metrics import RequestMetrics
 from pipelines.serve.stages import Handle, Stages
-from pipelines.serve.switching import switch_often
 
 __all__ = ["Ingress", "api"]
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -11,10 +10,10 @@ from ray import serve
 from ldm.model_card import ModelCard
 from pipelines.device import pick_device
 from pipelines.serve.config import SamplerPool
+from pipelines.serve.device_thread import device_thread, switch_often
 from pipelines.serve.loaded_model import LoadedModel
 from pipelines.serve.messages import Accepted, Progress, Rejected, Sampled, SampleEvent, SampleRequest
 from pipelines.serve.stage_metrics import SamplerMetrics
-from pipelines.serve.switching import switch_often
 from pipelines.serve.tickets import Refused, Ticket, TooLate
 from pipelines.serve.work_left import SECONDS_LEFT, SECONDS_PER_REQUEST
 
@@ -33,7 +32,7 @@ class Sampler:
         switch_often()
         self.cards, self.adapters, self.pool = cards, adapters, pool
         self.device = pick_device()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="unet")
+        self.thread = device_thread("unet")
         self.metrics = SamplerMetrics()
         self._per_request_s = 0.0
         self._models: list[LoadedModel] = []

@@ -1,5 +1,6 @@
 """The stages of a server, called: a replica that dies costs its caller some time, and nothing else."""
 
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
@@ -11,6 +12,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.serve.hold_off import HoldOff
 from pipelines.serve.messages import (
     Condition,
     DecodeRequest,
@@ -21,6 +23,7 @@ from pipelines.serve.messages import (
     SampleRequest,
     UpsampleRequest,
 )
+from pipelines.serve.step_costs import LatentShape
 
 __all__ = ["Handle", "StageFailed", "Stages"]
 
@@ -52,6 +55,7 @@ class Stages:
         self._conditioner, self._decoder, self._retried = conditioner, decoder, retried
         self._sampler = sampler.options(stream=True)
         self._samplers: dict[str, Handle] = {}
+        self._hold_offs = defaultdict[tuple[str, LatentShape], HoldOff](HoldOff)
         self._upsamplers = [handle.options(stream=True) for handle in upsamplers]
 
     async def conditions(self, model: str, texts: Sequence[str]) -> list[Condition] | str:
@@ -65,8 +69,15 @@ class Stages:
 
         return await self._again("conditioner", call)
 
-    async def sample(self, request: SampleRequest) -> AsyncIterator[SampleEvent]:
+    def refusal(self, model: str, shape: LatentShape) -> Rejected | None:
+        """What the sampler would say to such a request now, where that is known."""
+        return self._hold_offs[model, shape].refusal
+
+    def sample(self, request: SampleRequest) -> AsyncIterator[SampleEvent]:
         """As `pipelines.serve.sampler.Sampler.sample`. Made again, it is the same image."""
+        return self._hold_offs[request.model, request.shape].events(lambda: self._asked(request))
+
+    async def _asked(self, request: SampleRequest) -> AsyncIterator[SampleEvent]:
         if request.model not in self._samplers:
             self._samplers[request.model] = self._sampler.options(multiplexed_model_id=request.model)
         handle = self._samplers[request.model]

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -17,6 +16,7 @@ from ldm.cascade import Sampling, Upsampler, Upsampling, WindowDenoiser
 from ldm.preview import LatentPreview
 from pipelines.device import pick_device
 from pipelines.serve.config import UpsamplerStage
+from pipelines.serve.device_thread import device_thread
 from pipelines.serve.messages import Progress, UpsampleRequest
 from pipelines.serve.stage_metrics import StageMetrics
 from pipelines.serve.work_left import WorkMeter
@@ -42,7 +42,7 @@ class UpsamplerReplica:
         model = unet.load(stage.checkpoint).to(pick_device())
         self.denoiser = WindowDenoiser(model, self.upsampler.info)
         self.vae = autoencoder.load(vae)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="upsampler")
+        self.thread = device_thread("upsampler")
         self.turn = asyncio.Lock()
         self.meter = WorkMeter(FIRST_GUESS_S_PER_LATENT)
         self.metrics = StageMetrics(f"upsampler {number}")

@@ -92,10 +92,16 @@ class BenchServeJob(JobConfig):
             return short_p99(self.preset, self.side, self.seeds, 2 * self.seconds)
 
     def _overload(self) -> dict[str, float]:
+        """Behind HAProxy; and for a while behind Ray Serve's own proxy."""
         from jobs.bench.serve_http import overload
+        from jobs.haproxy import haproxy
 
-        with connected(ClusterConfig(num_cpus=NUM_CPUS)):
-            return overload(self.preset, self.side, self.overload_factor, self.overload_s)
+        cluster = ClusterConfig(num_cpus=NUM_CPUS)
+        with haproxy(cluster), connected(cluster):
+            figures = overload(self.preset, self.side, self.overload_factor, self.overload_s)
+        with connected(cluster):
+            own = overload(self.preset, self.side, self.overload_factor, self.overload_s / 3)
+        return figures | {f"own_proxy_{name}": value for name, value in own.items()}
 
     def _scaling(self) -> dict[str, float]:
         from jobs.bench.serve_scaling import scaling

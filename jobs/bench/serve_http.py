@@ -14,10 +14,10 @@ __all__ = ["overload"]
 
 STEPS = {20: 1.0}
 TIMEOUT_S = 120.0
-# After the overload, requests come as rarely as before it.
+# After the overload.
 WATCH_S = 20.0
 # Of the sampler: who would be slower than so many times its time alone is refused.
-MAX_SLOWDOWN = 1.8
+MAX_SLOWDOWN = 1.6
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ async def _overload(url: str, factor: float, seconds: float) -> dict[str, float]
     # What it can do is known from what it does when there is more.
     capacity = len((await _offered(url, 4 / solo_s, 10.0, seed=1)).accepted_s) / 10.0
     during = await _offered(url, factor * capacity, seconds, seed=2)
-    recovery_s = await _recovery(url, calm_rate, quantile(before.accepted_s, 0.99))
+    recovery_s = await _recovery(url, quantile(before.accepted_s, 0.99))
     unloaded_s = quantile(before.accepted_s, 0.99)
     return {
         "capacity_per_s": capacity,
@@ -109,10 +109,16 @@ def _is_done(outcome: Outcome) -> bool:
     return not outcome.refused and outcome.latency_s < TIMEOUT_S
 
 
-async def _recovery(url: str, rate: float, normal_s: float) -> float:
-    """Seconds until the last request that was refused, or slower than they were before."""
-    client = Client(url)
-    outcomes = await offer(client, poisson(rate, WATCH_S, STEPS, seed=3), TIMEOUT_S)
+async def _recovery(url: str, normal_s: float) -> float:
+    """Seconds until the last request that was refused, or slower than they were before.
+
+    One after the other, so that none of them is refused because of another one.
+    """
+    client, begin, recovered_s = Client(url), time.perf_counter(), 0.0
+    while (sent_s := time.perf_counter() - begin) < WATCH_S:
+        refused = await client(Arrival(0.0, next(iter(STEPS)), 20_000 + round(1000 * sent_s)))
+        answered_s = time.perf_counter() - begin
+        if refused or answered_s - sent_s > 2 * normal_s:
+            recovered_s = answered_s
     await client.close()
-    slow = [o.arrival.at_s for o in outcomes if o.refused or o.latency_s > 2 * normal_s]
-    return max(slow, default=0.0)
+    return recovered_s

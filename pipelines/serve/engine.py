@@ -143,7 +143,7 @@ class Engine:
         rows[work.shape] = [*rows.get(work.shape, []), work.rows]
         allowed = self.max_slowdown / len(rows)
         return all(
-            sum(each) <= self._costs.rows_within(shape, allowed * self._costs.seconds(shape, min(each)))
+            sum(each) <= self._costs.rows_within(shape, allowed * self._costs.best_seconds(shape, min(each)))
             for shape, each in rows.items()
         )
 

@@ -10,7 +10,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from statistics import median
 from typing import TypeAlias
 
 from ldm.sampling import Trajectory
@@ -30,11 +29,12 @@ NEWEST = 0.1
 
 @dataclass
 class _Shape:
-    """Seconds by rows, ascending, at calibration; ``drift``: seconds now over those."""
+    """Seconds by rows, ascending, at calibration; ``drift``: seconds now over those; its least."""
 
     rows: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     drift: float = 1.0
+    least_drift: float = 1.0
 
     @cached_property
     def best_rows(self) -> int:
@@ -88,11 +88,17 @@ class StepCosts:
         """Take account of a call, since a machine's speed changes."""
         known = self._shapes[shape]
         known.drift += NEWEST * (seconds / known.calibrated(rows) - known.drift)
+        known.least_drift = min(known.least_drift, known.drift)
 
     def seconds(self, shape: LatentShape, rows: int) -> float:
         """Expected of a call."""
         known = self._shapes[shape]
         return known.calibrated(rows) * known.drift
+
+    def best_seconds(self, shape: LatentShape, rows: int) -> float:
+        """Of a call when nothing else slows the machine down."""
+        known = self._shapes[shape]
+        return known.calibrated(rows) * known.least_drift
 
     def rows_within(self, shape: LatentShape, seconds: float) -> int:
         """The most rows, up to ``max_rows``, of a call that takes no longer; 0 where none does."""
@@ -106,9 +112,10 @@ class StepCosts:
 def timed(
     step: Callable[[Sequence[Trajectory]], None], make: Callable[[LatentShape], Trajectory], calls: int = 3
 ) -> Callable[[LatentShape, int], float]:
-    """What `StepCosts` measures with: the median of ``calls`` of ``step``, after one that warms up.
+    """What `StepCosts` measures with: the fastest of ``calls`` of ``step``, after one that warms up.
 
-    One has to do where it takes long, since requests wait meanwhile.
+    What else runs only adds to it, and at the start of a server much does. One has to do where it takes long,
+    since requests wait meanwhile.
 
     make: an unguided trajectory of at least so many steps and one more.
     """
@@ -119,7 +126,7 @@ def timed(
         found = [_seconds(step, trajectories)]
         while len(found) < calls and found[0] <= LONG_S:
             found.append(_seconds(step, trajectories))
-        return median(found)
+        return min(found)
 
     return measure
 

@@ -311,6 +311,23 @@ def test_a_draining_engine_ends_what_it_has_and_takes_no_more() -> None:
     _with_engine(Machine(_free_rows), scenario)
 
 
+def test_fewer_are_accepted_while_something_else_slows_the_machine_down() -> None:
+    """Alone a request takes a second a step, and by now 1.6: two would take 2.4 where 2 are allowed."""
+    machine = Machine(lambda _, rows: 0.5 + 0.5 * rows)
+
+    async def scenario(engine: Engine) -> None:
+        first = await engine.submit(_work(1, 10))
+        second = await engine.submit(_work(2, 10))
+        await asyncio.gather(first.done, second.done)
+        machine.seconds = lambda _, rows: 1.6 * (0.5 + 0.5 * rows)
+        await (await engine.submit(_work(3, 60))).done
+        await engine.submit(_work(4, 10))
+        with pytest.raises(Refused, match="full"):
+            await engine.submit(_work(5, 10))
+
+    _with_engine(machine, scenario, max_slowdown=2.0)
+
+
 def test_nobody_is_slowed_down_by_more_than_is_allowed() -> None:
     """A call of four rows takes 2.5 times one of a single row: with a slowdown of 2, three may share it."""
 

@@ -52,6 +52,16 @@ def test_a_machine_that_slows_down_is_noticed() -> None:
     assert costs.seconds(SHAPE, 1) == pytest.approx(3.0, rel=0.01)
 
 
+def test_what_a_call_takes_at_its_best_is_not_forgotten_when_the_machine_slows_down() -> None:
+    costs = _costs({1: 1.0}, max_rows=1)
+    for seconds in (0.5, 2.0):
+        for _ in range(60):
+            costs.observe(SHAPE, 1, seconds)
+
+    assert costs.best_seconds(SHAPE, 1) == pytest.approx(0.5, rel=0.01)
+    assert costs.seconds(SHAPE, 1) == pytest.approx(2.0, rel=0.01)
+
+
 def test_a_call_that_keeps_the_device_busy_by_itself_is_measured_once_and_has_no_company() -> None:
     asked: list[int] = []
 

@@ -12,8 +12,8 @@ from jobs.config import JobConfig
 
 __all__ = ["BenchServeJob"]
 
-Part = Literal["engine", "reuse", "deadlines", "goodput", "short", "overload", "scaling"]
-PARTS: tuple[Part, ...] = ("engine", "reuse", "deadlines", "goodput", "short", "overload", "scaling")
+Part = Literal["engine", "reuse", "deadlines", "goodput", "short", "overload", "bad", "scaling"]
+PARTS: tuple[Part, ...] = ("engine", "reuse", "deadlines", "goodput", "short", "overload", "bad", "scaling")
 # More than the machine may have: stages mostly wait.
 NUM_CPUS = 8
 
@@ -102,6 +102,12 @@ class BenchServeJob(JobConfig):
         with connected(cluster):
             own = overload(self.preset, self.side, self.overload_factor, self.overload_s / 3)
         return figures | {f"own_proxy_{name}": value for name, value in own.items()}
+
+    def _bad(self) -> dict[str, float]:
+        from jobs.bench.serve_bad_requests import bad_requests
+
+        with connected(ClusterConfig(num_cpus=NUM_CPUS)):
+            return bad_requests(self.preset, self.side, self.rounds)
 
     def _scaling(self) -> dict[str, float]:
         from jobs.bench.serve_scaling import scaling

@@ -18,6 +18,7 @@ __all__ = ["NUM_CLASSES", "bench_card", "bench_request", "bench_server"]
 
 NUM_CLASSES = 10
 VAE = "f8"
+UNLIMITED = AccessConfig(requests_per_minute=10**6, max_concurrent=10**4)
 
 
 def bench_card(folder: Path, preset: str, side: int) -> ModelCard:
@@ -61,8 +62,14 @@ def bench_request(
 
 
 @contextmanager
-def bench_server(preset: str, side: int, sampler: SamplerPool, decoder: StagePool) -> Iterator[str]:
-    """The URL of a whole server, without limits of rates and without a cache. Needs a connected Ray."""
+def bench_server(
+    preset: str,
+    side: int,
+    sampler: SamplerPool,
+    decoder: StagePool,
+    access: AccessConfig = UNLIMITED,
+) -> Iterator[str]:
+    """The URL of a whole server without a cache. Needs a connected Ray."""
     from jobs.cluster import ClusterConfig
     from jobs.serve import serving
     from pipelines.serve.application import Checked
@@ -77,7 +84,7 @@ def bench_server(preset: str, side: int, sampler: SamplerPool, decoder: StagePoo
             sampler=sampler,
             decoder=decoder,
             limits=Limits(sizes_multiple_px=8),
-            access=AccessConfig(requests_per_minute=10**6, max_concurrent=10**4),
+            access=access,
             jobs=JobsConfig(url=f"{folder}/jobs"),
             cache_bytes=0,
         )

@@ -22,24 +22,30 @@ CROWDED_S = 1.0
 
 
 class HoldOff:
-    """Between one kind of requests, which have room at the same time, and the sampler."""
+    """Between one kind of requests, which have room at the same time, and the sampler.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    held: is told of each that is refused without having asked.
+    """
+
+    def __init__(
+        self, held: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._held, self._clock = held, clock
         self._refusal: Rejected | None = None
         self._refused_at = -inf
         self._asking = asyncio.Lock()
 
-    @property
     def refusal(self) -> Rejected | None:
-        """What the sampler would say now, where that is known: that it is full."""
+        """What a request is told without asking the sampler, where it is known to be full."""
         if self._clock() - self._refused_at > HOLD_S:
             self._refusal = None
+        if self._refusal is not None:
+            self._held()
         return self._refusal
 
     async def events(self, ask: Callable[[], AsyncIterator[SampleEvent]]) -> AsyncIterator[SampleEvent]:
         """Those of ``ask``, which is a generator, or the known refusal."""
-        refusal = self.refusal
+        refusal = self.refusal()
         if refusal is not None:
             yield refusal
             return
@@ -60,7 +66,7 @@ class HoldOff:
             return self._learned(await anext(answers))
         async with self._asking:
             # Said to another one, while this one waited.
-            return self.refusal or self._learned(await anext(answers))
+            return self.refusal() or self._learned(await anext(answers))
 
     def _learned(self, answer: SampleEvent) -> SampleEvent:
         if isinstance(answer, Rejected) and answer.reason == "full":

@@ -43,14 +43,13 @@ class Ingress:
     ) -> None:
         switch_often()
         _log_as_ray_does()
-        metrics = RequestMetrics()
         self.server = Server(
             config=config,
             keys=KeyRing.load(config.access.key_file),
             cards=cards,
             factors=factors,
             maker=ImageMaker(
-                cards, Stages(**stages, retried=metrics.retried), ResultCache(config.cache_bytes)
+                cards, Stages(**stages, observer=RequestMetrics()), ResultCache(config.cache_bytes)
             ),
             jobs=JobStore(
                 config.jobs.url,

@@ -2,6 +2,7 @@
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from pipelines.serve.stages import StagesObserver
 from pipelines.serve.tickets import Observer, Reason
 
 __all__ = ["RequestMetrics", "SamplerMetrics", "StageMetrics"]
@@ -60,7 +61,7 @@ class StageMetrics:
         self._seconds.observe(seconds, tags=self._tags)
 
 
-class RequestMetrics:
+class RequestMetrics(StagesObserver):
     """Of the ingress; Ray Serve itself counts requests and their answers."""
 
     def __init__(self) -> None:
@@ -68,5 +69,12 @@ class RequestMetrics:
             "ldm_serve_retries", "Stages run again since a replica died", tag_keys=("stage",)
         )
 
+        self._refused = Counter(
+            "ldm_serve_held_off", "Requests refused without asking the sampler, which was known to be full"
+        )
+
     def retried(self, stage: str) -> None:
         self._retries.inc(tags={"stage": stage})
+
+    def held_off(self) -> None:
+        self._refused.inc()

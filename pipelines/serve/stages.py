@@ -25,7 +25,7 @@ from pipelines.serve.messages import (
 )
 from pipelines.serve.step_costs import LatentShape
 
-__all__ = ["Handle", "StageFailed", "Stages"]
+__all__ = ["Handle", "StageFailed", "Stages", "StagesObserver"]
 
 Result = TypeVar("Result")
 Handle: TypeAlias = DeploymentHandle[Any]
@@ -41,8 +41,18 @@ class StageFailed(Exception):
     """A stage died, or its replicas did, as often as it was tried."""
 
 
+class StagesObserver:
+    """Is told what happens, for metrics."""
+
+    def retried(self, stage: str) -> None:
+        """A replica of it died, and it is tried again."""
+
+    def held_off(self) -> None:
+        """A request was refused in a full sampler's name."""
+
+
 class Stages:
-    """Handles of the deployments. retried: is told the stage that is tried again."""
+    """Handles of the deployments."""
 
     def __init__(
         self,
@@ -50,12 +60,15 @@ class Stages:
         sampler: Handle,
         upsamplers: Sequence[Handle],
         decoder: Handle,
-        retried: Callable[[str], None] = lambda stage: None,
+        observer: StagesObserver | None = None,
     ) -> None:
-        self._conditioner, self._decoder, self._retried = conditioner, decoder, retried
+        self._conditioner, self._decoder = conditioner, decoder
+        self._observer = observer or StagesObserver()
         self._sampler = sampler.options(stream=True)
         self._samplers: dict[str, Handle] = {}
-        self._hold_offs = defaultdict[tuple[str, LatentShape], HoldOff](HoldOff)
+        self._hold_offs = defaultdict[tuple[str, LatentShape], HoldOff](
+            lambda: HoldOff(self._observer.held_off)
+        )
         self._upsamplers = [handle.options(stream=True) for handle in upsamplers]
 
     async def conditions(self, model: str, texts: Sequence[str]) -> list[Condition] | str:
@@ -71,7 +84,7 @@ class Stages:
 
     def refusal(self, model: str, shape: LatentShape) -> Rejected | None:
         """What the sampler would say to such a request now, where that is known."""
-        return self._hold_offs[model, shape].refusal
+        return self._hold_offs[model, shape].refusal()
 
     def sample(self, request: SampleRequest) -> AsyncIterator[SampleEvent]:
         """As `pipelines.serve.sampler.Sampler.sample`. Made again, it is the same image."""
@@ -129,7 +142,7 @@ class Stages:
         for _ in range(ATTEMPTS - 1):
             with suppress(*DEATHS):
                 return await call()
-            self._retried(stage)
+            self._observer.retried(stage)
         try:
             return await call()
         except DEATHS as error:
@@ -146,6 +159,6 @@ class Stages:
             except DEATHS as error:
                 if attempt == ATTEMPTS - 1:
                     raise StageFailed(f"{stage} failed {ATTEMPTS} times") from error
-                self._retried(stage)
+                self._observer.retried(stage)
             finally:
                 response.cancel()

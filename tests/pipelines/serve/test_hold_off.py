@@ -49,11 +49,12 @@ async def _all(events: AsyncIterator[SampleEvent]) -> list[type]:
 
 def test_a_known_no_is_said_without_asking() -> None:
     async def run() -> None:
-        sampler, hold_off = Sampler(room=0), HoldOff()
+        held: list[None] = []
+        sampler, hold_off = Sampler(room=0), HoldOff(lambda: held.append(None))
         for _ in range(50):
             assert await _all(hold_off.events(sampler.sample)) == [Rejected]
-        assert sampler.asked == 1
-        assert hold_off.refusal == Rejected("full", 3.0)
+        assert sampler.asked == 1 and len(held) == 49
+        assert hold_off.refusal() == Rejected("full", 3.0)
 
     asyncio.run(run())
 
@@ -79,7 +80,7 @@ def test_one_that_is_given_up_has_ended() -> None:
         assert await anext(events) == Accepted()
         assert await _all(hold_off.events(sampler.sample)) == [Rejected]
         await events.aclose()  # type: ignore[attr-defined]
-        assert sampler.accepted == 0 and hold_off.refusal is None
+        assert sampler.accepted == 0 and hold_off.refusal() is None
 
     asyncio.run(run())
 
@@ -88,7 +89,7 @@ def test_one_that_is_given_up_has_ended() -> None:
 def test_in_a_crowd_one_no_answers_all_who_wait(many: int) -> None:
     async def run() -> None:
         clock = Clock()
-        sampler, hold_off = Sampler(room=0), HoldOff(clock)
+        sampler, hold_off = Sampler(room=0), HoldOff(clock=clock)
         assert await _all(hold_off.events(sampler.sample)) == [Rejected]
         clock.now += (HOLD_S + CROWDED_S) / 2
         answers = await asyncio.gather(*(_all(hold_off.events(sampler.sample)) for _ in range(many)))
@@ -101,7 +102,7 @@ def test_in_a_crowd_one_no_answers_all_who_wait(many: int) -> None:
 def test_in_a_crowd_as_many_are_accepted_as_there_is_room_for() -> None:
     async def run() -> None:
         clock = Clock()
-        sampler, hold_off = Sampler(room=0), HoldOff(clock)
+        sampler, hold_off = Sampler(room=0), HoldOff(clock=clock)
         assert await _all(hold_off.events(sampler.sample)) == [Rejected]
         clock.now += (HOLD_S + CROWDED_S) / 2
         sampler.room = 3
@@ -128,12 +129,12 @@ def test_where_nobody_was_refused_lately_none_waits_for_another() -> None:
 def test_a_no_is_forgotten_in_time() -> None:
     async def run() -> None:
         clock = Clock()
-        sampler, hold_off = Sampler(room=0), HoldOff(clock)
+        sampler, hold_off = Sampler(room=0), HoldOff(clock=clock)
         assert await _all(hold_off.events(sampler.sample)) == [Rejected]
         clock.now += HOLD_S / 2
-        assert hold_off.refusal is not None
+        assert hold_off.refusal() is not None
         clock.now += HOLD_S
-        assert hold_off.refusal is None
+        assert hold_off.refusal() is None
 
     asyncio.run(run())
 

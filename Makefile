@@ -10,8 +10,9 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/ldm demo out/demo
 
+# Two files at a time, as most of their time is waiting for processes to start; each has a Ray of its own.
 test: $(INSTALLED) chromium
-	$(BIN)/pytest -m "not faults_long"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not faults_long"
 
 # For the tests of the page, which are skipped without it. Root on Debian may install it; others do so themselves.
 chromium:

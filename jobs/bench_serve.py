@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -12,8 +12,18 @@ from jobs.config import JobConfig
 
 __all__ = ["BenchServeJob"]
 
-Part = Literal["engine", "reuse", "deadlines", "goodput", "short", "overload", "bad", "scaling"]
-PARTS: tuple[Part, ...] = ("engine", "reuse", "deadlines", "goodput", "short", "overload", "bad", "scaling")
+Part = Literal["pixels", "engine", "reuse", "deadlines", "goodput", "short", "overload", "bad", "scaling"]
+PARTS: tuple[Part, ...] = get_args(Part)
+    "pixels",
+    "engine",
+    "reuse",
+    "deadlines",
+    "goodput",
+    "short",
+    "overload",
+    "bad",
+    "scaling",
+)
 # More than the machine may have: stages mostly wait.
 NUM_CPUS = 8
 
@@ -43,6 +53,11 @@ class BenchServeJob(JobConfig):
 
         torch.set_num_threads(1)
         return run_parts((part, getattr(self, f"_{part}")) for part in self.only)
+
+    def _pixels(self) -> dict[str, float]:
+        from jobs.bench.serve_pixels import pixels
+
+        return pixels(self.preset, self.side, self.seeds)
 
     def _engine(self) -> dict[str, float]:
         from jobs.bench.serve_engine import cancels, efficiency, first_preview

@@ -24,7 +24,7 @@ from pipelines.serve.loaded_model import LoadedModel, trajectory
 from pipelines.serve.step_costs import LatentShape
 from pipelines.serve.tickets import Observer, Reason, Refused, Ticket, TooLate
 
-__all__ = ["cancels", "deadlines", "efficiency", "first_preview"]
+__all__ = ["cancels", "deadlines", "efficiency", "first_preview", "loaded_model"]
 
 STEPS = 20
 MAX_ROWS = 32
@@ -61,7 +61,7 @@ def efficiency(preset: str, side: int, rounds: int) -> dict[str, float]:
 
 
 async def _efficiency(card: ModelCard, model: torch.nn.Module, rounds: int) -> dict[str, float]:
-    async with _loaded(card) as loaded:
+    async with loaded_model(card) as loaded:
         batch = loaded.engine._costs.best_rows(card.latent_shape) // 2
         # Short, so that a machine that slows down slows what is compared with it.
         count = 2 * batch
@@ -120,7 +120,7 @@ def first_preview(preset: str, side: int, rounds: int) -> dict[str, float]:
 
     async def run(card: ModelCard) -> list[float]:
         shares = []
-        async with _loaded(card) as loaded:
+        async with loaded_model(card) as loaded:
             for seed in range(rounds):
                 start = time.perf_counter()
                 request = bench_request(card, 50, seed, preview_every=5)
@@ -160,7 +160,7 @@ def cancels(preset: str, side: int, count: int) -> dict[str, float]:
 
 async def _cancels(card: ModelCard, count: int) -> dict[str, float]:
     observer, extra, harmed = _Cancelled(), list[int](), 0
-    async with _loaded(card, observer) as loaded:
+    async with loaded_model(card, observer) as loaded:
         staying = [
             await loaded.engine.submit(loaded.work(bench_request(card, STEPS, seed), None))
             for seed in range(4)
@@ -206,7 +206,7 @@ def deadlines(preset: str, side: int, seeds: int, seconds: float) -> dict[str, f
 async def _deadlines(card: ModelCard, model: torch.nn.Module, seeds: int, seconds: float) -> dict[str, float]:
     gains, shares = list[float](), list[float]()
     mean_steps = sum(steps * weight for steps, weight in MIXED.items()) / sum(MIXED.values())
-    async with _loaded(card) as ours, _loaded(card, kind=FirstInFirstOut) as theirs:
+    async with loaded_model(card) as ours, loaded_model(card, kind=FirstInFirstOut) as theirs:
         for seed in range(seeds):
             # Anew each time: the machine's speed changes.
             full = await _full_batches(ours)
@@ -274,13 +274,14 @@ def _model(preset: str, side: int) -> Iterator[tuple[ModelCard, torch.nn.Module]
 
 
 @asynccontextmanager
-async def _loaded(
+async def loaded_model(
     card: ModelCard,
     observer: Observer | None = None,
     *,
     kind: type[Engine] = Engine,
     max_requests: int = 10_000,
 ) -> AsyncIterator[LoadedModel]:
+    """In this process, on the CPU."""
     with ThreadPoolExecutor(1) as thread:
         loaded = await LoadedModel.open(
             card,

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from ldm import autoencoder, checkpoint, unet
 from ldm.model_card import ModelCard, read_card
-from ldm.objective import NoiseSchedule
+from ldm.objective import NoiseSchedule, Prediction
 from pipelines.serve.config import JobsConfig, ModelSource, SamplerPool, ServeConfig, StagePool
 from pipelines.serve.generation_request import Limits
 from pipelines.serve.guard import AccessConfig
@@ -21,7 +21,7 @@ VAE = "f8"
 UNLIMITED = AccessConfig(requests_per_minute=10**6, max_concurrent=10**4)
 
 
-def bench_card(folder: Path, preset: str, side: int) -> ModelCard:
+def bench_card(folder: Path, preset: str, side: int, prediction: Prediction = "v_prediction") -> ModelCard:
     """A checkpoint in ``folder``: U-Net ``preset`` for classes, latents (4, side, side), VAE f8."""
     import torch
 
@@ -38,7 +38,7 @@ def bench_card(folder: Path, preset: str, side: int) -> ModelCard:
         vae_fingerprint=vae.fingerprint,
         class_names=tuple(f"class {index}" for index in range(NUM_CLASSES)),
     )
-    scheduler_config = NoiseSchedule(prediction="v_prediction").scheduler_config()
+    scheduler_config = NoiseSchedule(prediction=prediction).scheduler_config()
     checkpoint.save(folder, ema=model, last=model, scheduler_config=scheduler_config, info=info)
     return read_card(folder)
 

@@ -14,16 +14,6 @@ __all__ = ["BenchServeJob"]
 
 Part = Literal["pixels", "engine", "reuse", "deadlines", "goodput", "short", "overload", "bad", "scaling"]
 PARTS: tuple[Part, ...] = get_args(Part)
-    "pixels",
-    "engine",
-    "reuse",
-    "deadlines",
-    "goodput",
-    "short",
-    "overload",
-    "bad",
-    "scaling",
-)
 # More than the machine may have: stages mostly wait.
 NUM_CPUS = 8
 

@@ -17,7 +17,7 @@ TIMEOUT_S = 120.0
 # After the overload.
 WATCH_S = 20.0
 # Of the sampler: who would be slower than so many times its time alone is refused.
-MAX_SLOWDOWN = 2.4
+MAX_SLOWDOWN = 1.8
 
 
 @dataclass(frozen=True)

@@ -110,4 +110,7 @@ def _of_diffusers(card: ModelCard, model: nn.Module, request: SampleRequest) -> 
 
 def _image(card: ModelCard, x_Chw: Tensor) -> NDArray[np.int16]:
     latent_1Chw = card.whitening.denormalise(x_Chw[None])
-    return from_model(autoencoder.load(card.vae).decode(latent_1Chw))[0].astype(np.int16)
+    image_HW3: NDArray[np.int16] = from_model(autoencoder.load(card.vae).decode(latent_1Chw))[0].astype(
+        np.int16
+    )
+    return image_HW3

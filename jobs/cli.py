@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
     "evaluate by-f": ("jobs.evaluate_by_f", "quality of VAEs over bits per pixel, and their speed"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
+    "plan": ("jobs.plan", "nodes, hours and cost, from measured rates and given prices"),
     "savings": ("jobs.savings", "what latents save over pixels, beside what is usually claimed"),
     "serve": ("jobs.serve", "serve images over HTTP: OpenAI's API, long jobs, and a page"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),

@@ -93,7 +93,8 @@ def _mistake(detail: ErrorDetails, key: _Key, origin: OptionSource) -> UserError
             hint = nearest(name, key.siblings, lambda sibling: origin.spell((*parents, sibling)))
             return UserError(f"unknown option {where}", do=hint)
         case "missing":
-            return UserError(f"{where} is missing", do="give it on the command line or in --config FILE")
+            do = "add it" if origin.file else "give it on the command line or in --config FILE"
+            return UserError(f"{where} is missing", do=do)
         case "value_error" | "assertion_error":
             return UserError(f"{where}: {message}" if key.path else message)
     shown = "not allowed" if _is_secret(key.annotation) else _shown(detail["input"])

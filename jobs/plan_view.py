@@ -70,9 +70,10 @@ def text_of(figure: Figure, currency: str = "") -> str:
 
 
 def _table(title: str, columns: Sequence[Column], figures: Sequence[Figures], currency: str) -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", title=title, title_justify="left")
+    table = Table("", title=escape(title), title_justify="left")
     for column in columns:
         table.add_column(f"{column.images:,} images", justify="right")
     table.add_column("is")
@@ -81,7 +82,7 @@ def _table(title: str, columns: Sequence[Column], figures: Sequence[Figures], cu
         row = [found[name] for found in figures]
         origins = " or ".join(dict.fromkeys(figure.origin for figure in row))
         notes = "; ".join(dict.fromkeys(figure.note for figure in row if figure.note))
-        table.add_row(name, *(text_of(figure, currency) for figure in row), origins, notes)
+        table.add_row(name, *(text_of(figure, currency) for figure in row), origins, escape(notes))
     return table
 
 

@@ -40,11 +40,11 @@ def with_bench(config: PlanConfig, found: Mapping[str, object], when: date, wher
     if train is not None and train_rates:
         _require(f"train.preset {train.preset}", train.preset == TRAIN_PRESET, where, f"U-Net {TRAIN_PRESET}")
         told = f"latents of f = {dataset.f} and {dataset.channels} channels"
-        _require(told, geometry == LATENT_GEOMETRY, where, "those of f = 8 and 4 channels")
+        _require(told, geometry == LATENT_GEOMETRY, where, "latents of f = 8 and 4 channels")
         train = _replaced(train, train_rates)
     if row is not None:
         dataset = dataset.model_copy(update={"stored_row": row})
-    if (encode, train, dataset) == (config.encode, config.train, config.dataset):
+    if not (row or (encode and encode_rates) or (train and train_rates)):
         raise UserError(
             f"{where} has no figure that this plan has a use for",
             allowed=", ".join((*ENCODE_RATES, *TRAIN_RATES, *STORED_ROWS.values())),

@@ -61,7 +61,8 @@ def _egress(config: PlanConfig, images: int) -> Cost:
         return Cost({}, [])
     if prices.gb_egress is None:
         return Cost({}, ["prices.gb_egress"])
-    num_bytes, missing = 0.0, []
+    num_bytes = 0.0
+    missing: list[str] = []
     if "images" in prices.egress and config.encode is not None:
         source = config.dataset.source_bytes_per_image
         num_bytes += images * (source or 0.0)

@@ -1,7 +1,7 @@
 """Images/s of one device at the sizes of a plan."""
 
 from pipelines.planning.config import DatasetPlan, EncodePlan, Measurement, Rate, StagePlan
-from pipelines.planning.figures import Figure
+from pipelines.planning.figures import Figure, Origin
 
 __all__ = ["ASSUMED_EFFICIENCY", "at_size", "efficiency", "inputs_per_s"]
 
@@ -43,7 +43,7 @@ def efficiency(stage: StagePlan) -> Figure:
 
 
 def _stated(rate: Rate, images_per_s: float) -> Figure:
-    origin = "given" if rate.measured is None else "measured"
+    origin: Origin = "given" if rate.measured is None else "measured"
     return Figure(images_per_s, "images/s", origin, _source(rate))
 
 

@@ -26,15 +26,16 @@ def require_rate(name: str, stage: StagePlan) -> None:
 
 def pace_of(stage: StagePlan, images: int, images_per_s: float, lost_images: int, *, stops_all: bool) -> Pace:
     """The stage at that rate of one device. lost_images: done again after a preemption, at most."""
-    lost = stage.preemption
+    lost, interruptions = stage.preemption, None
+    if lost is not None:
+        interruptions = Interruptions(lost.per_device_hour, lost.restart_s, lost_images, stops_all=stops_all)
     return Pace(
         images=images,
         images_per_s=images_per_s,
         devices_per_node=stage.devices_per_node,
         efficiency=efficiency(stage).value,
         start_s=stage.start_s or 0.0,
-        interruptions=lost
-        and Interruptions(lost.per_device_hour, lost.restart_s, lost_images, stops_all=stops_all),
+        interruptions=interruptions,
     )
 
 

@@ -94,13 +94,13 @@ def test_rates_of_a_benchmark(
     bench.write_text('— efficiency\n{"pipeline_images_per_s": 1000.0, "bytes_fp16": 9000.0}\n')
     day = datetime(2026, 3, 4, 23, 30, tzinfo=UTC).timestamp()
     os.utime(bench, (day, day))
-    example["encode"] |= {"device": "one L4", "rates": []}
+    example["encode"] |= {"device": "one L4 [spot]", "rates": []}
     result, tables = plan(capsys, written(tmp_path, example), "--rates", str(bench))
     rate = result["plans"][0]["encode"]["rate of a device"]
     told = "at 256 px: ldm bench encode --json, 2026-03-04"
     assert (rate["value"], rate["origin"], rate["note"]) == (1000, "measured", told)
     assert result["plans"][0]["encode"]["bytes of an image"]["value"] == 9000
-    assert "encode: one L4" in tables
+    assert "encode: one L4 [spot]" in tables
 
 
 def test_cost_in_the_currency_of_the_plan(

@@ -65,7 +65,7 @@ def test_a_row_of_the_plan_s_own_form() -> None:
         (plan(), {"train_images_per_s": True}, "train_images_per_s in x is True"),
         (plan(encode={"vae": "sd"}), ENCODE_LINE, "measured with VAE f8, and the plan has encode.vae sd"),
         (plan(train={"preset": "base"}), TRAIN_LINE, "U-Net small, and the plan has train.preset base"),
-        (plan({"f": 16}), TRAIN_LINE, "those of f = 8 and 4 channels, and the plan has latents of f = 16"),
+        (plan({"f": 16}), TRAIN_LINE, "latents of f = 8 and 4 channels, and the plan has latents of f = 16"),
     ],
 )
 def test_a_line_that_the_plan_cannot_use(config: PlanConfig, line: dict[str, object], said: str) -> None:

@@ -36,12 +36,16 @@ def add_rates(config: PlanConfig, path: Path) -> PlanConfig:
     """
     try:
         if path.stat().st_size > MAX_RATES_BYTES:
-            raise UserError(f"{path} is larger than {MAX_RATES_BYTES:,} bytes", do="give a benchmark's output")
+            raise UserError(
+                f"{path} is larger than {MAX_RATES_BYTES:,} bytes", do="give a benchmark's output"
+            )
         lines = path.read_text(encoding="utf-8").split("\n")
         found = json.loads(next((line for line in reversed(lines) if line.strip()), ""))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "its last line is not JSON"
-        raise UserError(f"cannot read --rates {path}: {reason}", do="run the benchmark with --json") from error
+        raise UserError(
+            f"cannot read --rates {path}: {reason}", do="run the benchmark with --json"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"cannot read --rates {path}: no JSON object", do="run the benchmark with --json")
     written = datetime.fromtimestamp(path.stat().st_mtime, UTC).date()

@@ -6,7 +6,15 @@ No price and no rate has a default. Bytes are decimal: 1 GB is 10⁹.
 from datetime import date
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from pipelines.storage_form import StorageForm
 
@@ -156,7 +164,9 @@ class TrainPlan(StagePlan):
     @model_validator(mode="after")
     def _check_batch(self) -> "TrainPlan":
         if self.batch_size % (self.devices or 1):
-            raise ValueError(f"a batch of {self.batch_size} cannot be shared by {self.devices} devices evenly")
+            raise ValueError(
+                f"a batch of {self.batch_size} cannot be shared by {self.devices} devices evenly"
+            )
         return self
 
 

@@ -78,7 +78,7 @@ def stage_figures(stage: StagePlan, pace: Pace, rate: Figure, nodes: int) -> Fig
         "lost to preemptions": Figure(pace.lost_share(nodes), "share", *_loss_origin(stage)),
         "start": Figure(pace.start_s, "s", *_start_origin(stage)),
         "devices": Figure(devices, "", chosen, told),
-        "nodes": Figure(nodes, "", chosen, f"{stage.devices_per_node} devices each"),
+        "nodes": Figure(nodes, "", chosen, f"devices of a node: {stage.devices_per_node}"),
         "rate of all devices": Figure(pace.images_per_s_of(nodes), "images/s", "extrapolated"),
         "hours": Figure(pace.hours(nodes), "h", "extrapolated"),
         "device-hours": Figure(device_hours, "h", "extrapolated"),

@@ -122,14 +122,30 @@ def test_cost_in_the_currency_of_the_plan(
         ("encode", {"rates": [{"images_per_s": float("nan"), "size_px": 256}]}, "rates.0.images_per_s"),
         ("encode", {"rates": [{"images_per_s": float("inf"), "size_px": 256}]}, "rates.0.images_per_s"),
         ("encode", {"rates": []}, "encode has no rate; measure one"),
-        ("encode", {"deadline_h": None, "devices": 0}, "encode.devices in {plan} is 0; allowed: greater than 0"),
+        (
+            "encode",
+            {"deadline_h": None, "devices": 0},
+            "encode.devices in {plan} is 0; allowed: greater than 0",
+        ),
         ("encode", {"deadline_h": 0.000_001}, "cannot be done by then; allowed: at least"),
         ("encode", {"devices": 4}, "give one of devices and deadline_h, and not both"),
-        ("encode", {"devices": 3, "deadline_h": None, "devices_per_node": 2}, "3 devices do not fill nodes of 2"),
+        (
+            "encode",
+            {"devices": 3, "deadline_h": None, "devices_per_node": 2},
+            "3 devices do not fill nodes of 2",
+        ),
         ("encode", {"max_devices": 1, "devices_per_node": 2}, "max_devices 1 is less than a node of 2"),
         ("encode", {"devices": 4, "deadline_h": None, "max_devices": 8}, "max_devices is for a deadline"),
-        ("encode", {"deadlin_h": 3}, "unknown option encode.deadlin_h in {plan}; did you mean 'encode.deadline_h'?"),
-        ("encode", {"scaling": {"efficiency": 1.5}}, "encode.scaling.efficiency in {plan} is 1.5; allowed: less"),
+        (
+            "encode",
+            {"deadlin_h": 3},
+            "unknown option encode.deadlin_h in {plan}; did you mean 'encode.deadline_h'?",
+        ),
+        (
+            "encode",
+            {"scaling": {"efficiency": 1.5}},
+            "encode.scaling.efficiency in {plan} is 1.5; allowed: less",
+        ),
         ("train", {"devices": 7}, "a batch of 256 cannot be shared by 7 devices evenly"),
         ("train", {"size_px": 512}, "train.size_px is 512; allowed: one of the dataset's, 256"),
         ("dataset", {"sizes_px": [250]}, "size 250 px; allowed: multiples of f, 8"),
@@ -153,7 +169,9 @@ def test_other_mistakes(tmp_path: Path, example: dict[str, Any], capsys: pytest.
     del example["encode"]["vae"]
     assert refusal(capsys, written(tmp_path, example)).endswith("plan.yaml is missing; add it")
     nothing = {key: example[key] for key in ("images", "dataset")}
-    assert refusal(capsys, written(tmp_path, nothing)).startswith("nothing to plan; give encode, train or both")
+    assert refusal(capsys, written(tmp_path, nothing)).startswith(
+        "nothing to plan; give encode, train or both"
+    )
     assert refusal(capsys, str(tmp_path)).startswith("no such plan: ")
     (tmp_path / "no.yaml").write_text("- 1")
     assert "holds no options" in refusal(capsys, str(tmp_path / "no.yaml"))

@@ -202,7 +202,11 @@ def test_a_deadline_gives_the_fewest_nodes() -> None:
 @pytest.mark.parametrize(
     ("stage", "changes", "said"),
     [
-        ("encode", {"devices": None, "deadline_h": 1e-6}, "cannot be done by then; allowed: at least 0.0005556"),
+        (
+            "encode",
+            {"devices": None, "deadline_h": 1e-6},
+            "cannot be done by then; allowed: at least 0.0005556",
+        ),
         ("encode", {"devices": None, "deadline_h": 0.3, "max_devices": 11}, "at least 0.4; give more time"),
         ("train", {"devices": None, "deadline_h": 0.001}, "train.deadline_h is 0.001, and 11,520,000 images"),
         ("encode", {"preemption": {"per_device_hour": 60, "restart_s": 60}}, "leave encode no progress on 4"),

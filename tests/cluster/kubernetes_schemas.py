@@ -6,14 +6,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
-from jsonschema import Draft7Validator
+from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
-from referencing.jsonschema import DRAFT7
+from referencing.jsonschema import DRAFT202012
 
 from tests.cluster.manifests import Object
 
-# The newest that is asked for in cluster/kuberay/README.md is no matter: the fields that we use are old.
-KUBERNETES = "1.34"
+# The oldest that cluster/kuberay/README.md allows: what it knows, newer ones know.
+KUBERNETES = "1.29"
+DEFINITIONS = "https://kubernetes.io/api/_definitions.json"  # as the file calls itself
 KUBERAY_SCHEMA = Path(__file__).with_name("kuberay_v1.yaml")
 
 
@@ -23,8 +24,8 @@ def faults(document: Object) -> list[str]:
     if group == "ray.io":
         schema = f"urn:kuberay#/{document['kind']}"
     else:
-        schema = f"urn:kubernetes#/definitions/{_kinds()[group, version, document['kind']]}"
-    errors = Draft7Validator({"$ref": schema}, registry=_registry()).iter_errors(document)
+        schema = f"{DEFINITIONS}#/$defs/{_kinds()[group, version, document['kind']]}"
+    errors = Draft202012Validator({"$ref": schema}, registry=_registry()).iter_errors(document)
     return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
 
 
@@ -34,7 +35,9 @@ def _definitions() -> Object:
     found = find_spec("kubernetes_validate")
     assert found is not None
     assert found.origin is not None
-    (file,) = Path(found.origin).parent.glob(f"kubernetes-json-schema/v{KUBERNETES}*-local-strict/_definitions.json")
+    (file,) = Path(found.origin).parent.glob(
+        f"kubernetes-json-schema/v{KUBERNETES}*-local-strict/_definitions.json"
+    )
     definitions: Object = json.loads(file.read_text())
     return definitions
 
@@ -44,16 +47,16 @@ def _kinds() -> dict[tuple[str, str, str], str]:
     """(group, version, kind) → name of its definition."""
     return {
         (each["group"], each["version"], each["kind"]): name
-        for name, definition in _definitions()["definitions"].items()
+        for name, definition in _definitions()["$defs"].items()
         for each in definition.get("x-kubernetes-group-version-kind", [])
     }
 
 
 @cache
 def _registry() -> Registry:
-    resources = {"urn:kubernetes": _definitions(), "urn:kuberay": yaml.safe_load(KUBERAY_SCHEMA.read_text())}
+    resources = {DEFINITIONS: _definitions(), "urn:kuberay": yaml.safe_load(KUBERAY_SCHEMA.read_text())}
     return Registry(retrieve=_named_type).with_resources(
-        (name, Resource(contents=contents, specification=DRAFT7)) for name, contents in resources.items()
+        (name, Resource(contents=contents, specification=DRAFT202012)) for name, contents in resources.items()
     )
 
 
@@ -62,7 +65,7 @@ def _named_type(reference: str) -> Resource:
     name = reference.removeprefix("kubernetes:")
     (full,) = [
         each
-        for each in _definitions()["definitions"]
+        for each in _definitions()["$defs"]
         if each.endswith(f".v1.{name}") and each.split(".")[-3] in ("core", "networking", "meta")
     ]
-    return Resource(contents={"$ref": f"urn:kubernetes#/definitions/{full}"}, specification=DRAFT7)
+    return Resource(contents={"$ref": f"{DEFINITIONS}#/$defs/{full}"}, specification=DRAFT202012)

@@ -1,7 +1,9 @@
-"""What cluster/kuberay holds, as Kubernetes would see it: documents, clusters, and pods with KubeRay's labels."""
+"""What cluster/kuberay holds, as Kubernetes would see it: documents, clusters, pods with KubeRay's labels."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,8 @@ class Pod:
 
 
 def documents() -> list[tuple[str, Object]]:
-    """(file name, document) of all files, in their order."""
-    return [
-        (path.name, document)
-        for path in sorted(KUBERAY.glob("*.yaml"))
-        for document in yaml.safe_load_all(path.read_text())
-    ]
+    """(file name, document) of all files, in their order; a test may change them. Aliases are written out."""
+    return [(name, json.loads(text)) for name, text in _parsed()]
 
 
 def of_kind(kind: str) -> list[Object]:
@@ -94,6 +92,15 @@ def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
         labels.get(each["key"]) in each["values"] for each in expressions
     )
+
+
+@cache
+def _parsed() -> list[tuple[str, str]]:
+    return [
+        (path.name, json.dumps(document))
+        for path in sorted(KUBERAY.glob("*.yaml"))
+        for document in yaml.safe_load_all(path.read_text())
+    ]
 
 
 def _templates(spec: Object) -> Iterator[tuple[str, Object]]:

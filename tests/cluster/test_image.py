@@ -75,16 +75,13 @@ def test_home_is_where_the_pods_mount_a_volume() -> None:
 
 def test_what_is_copied_is_in_the_context_and_nothing_else_is() -> None:
     ignored = [
-        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
     ]
     assert ignored[0] == "*"
     kept = {line[1:].rstrip("/") for line in ignored if line.startswith("!")}
-    copied = {
-        source
-        for line in LINES
-        if line.startswith("COPY ")
-        for source in line.split()[1:-1]
-    }
+    copied = {source for line in LINES if line.startswith("COPY ") for source in line.split()[1:-1]}
     assert copied == kept
     assert all((ROOT / source).exists() for source in copied)
 
@@ -97,4 +94,6 @@ def test_no_weights_but_the_default_vaes_get_in() -> None:
         for path in package.rglob("*")
         if any(fnmatch(path.name, kind) for kind in ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth"))
     }
-    assert weights == {f"ldm/assets/{name}/diffusion_pytorch_model.safetensors" for name in ("f4", "f8", "f16")}
+    assert weights == {
+        f"ldm/assets/{name}/diffusion_pytorch_model.safetensors" for name in ("f4", "f8", "f16")
+    }

@@ -179,7 +179,9 @@ def test_nothing_that_looks_like_a_secret_has_a_value() -> None:
     redis = [cluster["spec"].get("gcsFaultToleranceOptions") for cluster in clusters().values()]
     assert all("value" not in each["redisPassword"] for each in redis if each)
     (stateful,) = of_kind("StatefulSet")
-    (script,) = [each for each in stateful["spec"]["template"]["spec"]["containers"][0]["command"] if "redis" in each]
+    (script,) = [
+        each for each in stateful["spec"]["template"]["spec"]["containers"][0]["command"] if "redis" in each
+    ]
     assert "requirepass $REDIS_PASSWORD" in script
 
 
@@ -208,10 +210,8 @@ def test_budgets_keep_one_pod_of_one_group_each() -> None:
         (pod,) = [pod for pod in pods() if selects(budget["spec"]["selector"], pod.labels)]
         kept.append(pod.name)
         assert type(budget["spec"]["minAvailable"]) is int
-    assert sorted(kept) == sorted(
-        ["shared/head", "precompute/head", "train/head", "train/train-gpu"]
-        + ["serve/head", "serve/serve-cpu", "serve/serve-gpu"]
-    )
+    heads = [f"{cluster}/head" for cluster in clusters()]
+    assert sorted(kept) == sorted([*heads, "train/train-gpu", "serve/serve-cpu", "serve/serve-gpu"])
 
 
 def test_only_encoding_runs_on_spot_machines() -> None:
@@ -300,7 +300,9 @@ def test_the_key_file_has_a_mode_that_the_server_takes() -> None:
 
 
 def test_a_training_writes_where_all_its_nodes_and_the_driver_see_it() -> None:
-    (entrypoint,) = [each["spec"]["entrypoint"] for each in of_kind("RayJob") if each["metadata"]["name"] == "train"]
+    (entrypoint,) = [
+        each["spec"]["entrypoint"] for each in of_kind("RayJob") if each["metadata"]["name"] == "train"
+    ]
     out = entrypoint.split()[3]
     of_job = [pod for pod in ray_pods() if pod.labels["app.kubernetes.io/instance"] == "train"]
     assert len(of_job) == 2

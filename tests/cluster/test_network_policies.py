@@ -98,8 +98,8 @@ def test_nobody_else_reaches_anything(source: str) -> None:
 
 @pytest.mark.parametrize("source", RAY)
 def test_nodes_reach_their_own_cluster_and_heads_redis(source: str) -> None:
-    cluster = source.split("/")[0]
-    own = {(name, port) for name in RAY if name.split("/")[0] == cluster for port in PORTS}
+    cluster, _, _ = source.partition("/")
+    own = {(name, port) for name in RAY if name.startswith(f"{cluster}/") for port in PORTS}
     redis = {("redis", 6379)} if source in ("shared/head", "serve/head") else set()
     assert _open(source) == own | redis
 

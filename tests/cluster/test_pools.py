@@ -24,7 +24,9 @@ JOBS: dict[str, type[JobConfig]] = {"encode": EncodeJob, "train": TrainJob}
 
 def job(name: str) -> Any:
     """The config of what RayJob ``name`` runs, read from its entrypoint as the command line is."""
-    (entrypoint,) = [each["spec"]["entrypoint"] for each in of_kind("RayJob") if each["metadata"]["name"] == name]
+    (entrypoint,) = [
+        each["spec"]["entrypoint"] for each in of_kind("RayJob") if each["metadata"]["name"] == name
+    ]
     ldm, command, *arguments = shlex.split(entrypoint)
     assert ldm == "ldm"
     config, _ = load(JOBS[command], command, arguments)
@@ -33,7 +35,9 @@ def job(name: str) -> Any:
 
 def started(cluster: str, bundles: list[Bundle], *, at_once: bool = False) -> tuple[Counter[str], int]:
     """(nodes of each pool that the autoscaler starts for ``bundles``, how many of these fit nowhere)."""
-    config = AutoscalingConfig(_derive_autoscaling_config_from_ray_cr(clusters()[cluster]), skip_content_hash=True)
+    config = AutoscalingConfig(
+        _derive_autoscaling_config_from_ray_cr(clusters()[cluster]), skip_content_hash=True
+    )
     requests = [ResourceRequestUtil.make(bundle) for bundle in bundles]
     asked: dict[str, Any] = (
         {"gang_resource_requests": [GangResourceRequest(requests=requests)]}
@@ -65,16 +69,14 @@ def training_worker(config: TrainJob) -> Bundle:
     return {"CPU": 1, "GPU": config.train.num_gpus}  # as pipelines.train.trainer has it
 
 
-@pytest.mark.parametrize("cluster", ["shared", "precompute"])
-def test_encoders_get_encode_gpu(cluster: str) -> None:
-    assert started(cluster, [encoder(job("precompute"))] * 3) == (Counter({"encode-gpu": 3}), 0)
+def test_encoders_get_encode_gpu() -> None:
+    assert started("shared", [encoder(job("precompute"))] * 3) == (Counter({"encode-gpu": 3}), 0)
 
 
-@pytest.mark.parametrize("cluster", ["shared", "precompute"])
-def test_reading_and_decoding_get_cpu_decode(cluster: str) -> None:
+def test_reading_and_decoding_get_cpu_decode() -> None:
     config = job("precompute")
     tasks = [{"CPU": config.decode.num_cpus}] * 32 + [{"CPU": config.reader.num_cpus}] * 64
-    assert started(cluster, tasks) == (Counter({"cpu-decode": 3}), 0)
+    assert started("shared", tasks) == (Counter({"cpu-decode": 3}), 0)
 
 
 @pytest.mark.parametrize("cluster", ["shared", "train"])
@@ -82,6 +84,13 @@ def test_training_workers_get_train_gpu(cluster: str) -> None:
     config = job("train")
     gang = [training_worker(config)] * config.train.num_workers
     assert started(cluster, gang, at_once=True) == (Counter({"train-gpu": 2}), 0)
+
+
+@pytest.mark.parametrize(("encoders", "left"), [(8, 0), (9, 1)])
+def test_a_precompute_of_fixed_size_has_room_for_all_its_encoders(encoders: int, left: int) -> None:
+    config = job("precompute")
+    bundles = [encoder(config)] * encoders + [{"CPU": config.decode.num_cpus}] * 64
+    assert started("precompute", bundles) == (Counter({"cpu-decode": 4, "encode-gpu": 8}), left)
 
 
 def test_pools_grow_apart_and_at_the_same_time() -> None:
@@ -113,9 +122,14 @@ def test_nothing_is_started_without_need() -> None:
 def test_jobs_fit_into_the_clusters_that_they_bring() -> None:
     """All that a job asks for at the start is there at the fixed size that Kueue reserves."""
     config = job("precompute")
-    sizes = {group["groupName"]: group["replicas"] for group in clusters()["precompute"]["spec"]["workerGroupSpecs"]}
+    sizes = {
+        group["groupName"]: group["replicas"]
+        for group in clusters()["precompute"]["spec"]["workerGroupSpecs"]
+    }
     assert sizes["encode-gpu"] == config.encoder.max_size
-    sizes = {group["groupName"]: group["replicas"] for group in clusters()["train"]["spec"]["workerGroupSpecs"]}
+    sizes = {
+        group["groupName"]: group["replicas"] for group in clusters()["train"]["spec"]["workerGroupSpecs"]
+    }
     workers = job("train").train
     assert sizes["train-gpu"] * 8 == workers.num_workers
     assert (sizes["train-gpu"] - 1) * 8 == workers.min_workers

@@ -38,6 +38,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inpaint": ("jobs.inpaint", "repaint what a mask covers with a checkpoint"),
     "direction": ("jobs.direction", "the direction of an attribute in a latent dataset"),
     "decode": ("jobs.decode", "decode a latent into an image"),
+    "submit": ("jobs.submit", "run a job of a YAML file on a Ray cluster, through its job server"),
+    "jobs list": ("jobs.jobs_list", "jobs that were submitted to a cluster, and how they ended"),
+    "jobs logs": ("jobs.jobs_logs", "what a submitted job has printed"),
+    "jobs stop": ("jobs.jobs_stop", "stop a submitted job"),
+    "chain": ("jobs.chain", "jobs in order, here or on a cluster; again to do what is missing"),
 }
 
 
@@ -115,7 +120,8 @@ def run_job(command: str, args: Sequence[str]) -> int:
     except Exception as failure:  # noqa: BLE001 - the edge of the process: reported, then the exit status
         from jobs.failures import report
 
-        return USER_ERROR if report(prog, failure) else FAILURE
+        # A job elsewhere that this one waited for has a status of its own.
+        return USER_ERROR if report(prog, failure) else int(getattr(failure, "exit_status", FAILURE))
     return DONE
 
 

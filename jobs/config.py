@@ -18,9 +18,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pydantic_settings.sources import DefaultSettingsSource
 
 from jobs.option_errors import explained
-from jobs.option_sources import command_line, environment, yaml_file
+from jobs.option_sources import OptionSource, command_line, environment, yaml_file
 
-__all__ = ["JobConfig", "Section", "job_class", "load", "save_resolved"]
+__all__ = ["JobConfig", "Section", "build", "job_class", "load", "save_resolved"]
 
 
 class Section(BaseModel):
@@ -82,13 +82,17 @@ def load(job: type[Job], command: str, args: Sequence[str]) -> tuple[Job, bool]:
     sources = [typed.source, environment(job, command)]
     if typed.config_file is not None:
         sources.append(yaml_file(job, typed.config_file))
+    return build(job, sources), typed.as_json
+
+
+def build(job: type[Job], sources: Sequence[OptionSource]) -> Job:
+    """A ``job`` from places with options, highest priority first, and its defaults. Raises ``UserError``."""
     # Without this last one `--pool.max-size 4` would lose what the model sets for `pool.min_size`.
     defaults = DefaultSettingsSource(job, nested_model_default_partial_update=True)
     try:
-        config = job(_build_sources=((*(source.settings for source in sources), defaults), {}))
+        return job(_build_sources=((*(source.settings for source in sources), defaults), {}))
     except ValidationError as error:
         raise explained(error, job, sources) from error
-    return config, typed.as_json
 
 
 def save_resolved(config: BaseModel, path: str | os.PathLike[str]) -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from jobs.option_sources import KeyPath, OptionSource, nearest
+from jobs.option_sources import KeyPath, OptionPlace, nearest
 from ldm.errors import UserError
 
 __all__ = ["explained"]
@@ -16,7 +16,7 @@ __all__ = ["explained"]
 MAX_VALUE_CHARS = 60
 
 
-def explained(error: ValidationError, model: type[BaseModel], sources: Sequence[OptionSource]) -> UserError:
+def explained(error: ValidationError, model: type[BaseModel], sources: Sequence[OptionPlace]) -> UserError:
     """One ``UserError`` for all mistakes in ``error``, each spelt as in the place it came from.
 
     ``sources`` are those that ``model`` was built from, highest priority first; the first is the
@@ -69,7 +69,7 @@ def _is_secret(annotation: object) -> bool:
     return annotation in (SecretStr, SecretBytes) or any(_is_secret(part) for part in get_args(annotation))
 
 
-def _origin(path: KeyPath, sources: Sequence[OptionSource]) -> OptionSource:
+def _origin(path: KeyPath, sources: Sequence[OptionPlace]) -> OptionPlace:
     """The place that set ``path``, or the command line if none did."""
     return next((source for source in sources if _holds(source.values, path)), sources[0])
 
@@ -84,7 +84,7 @@ def _holds(values: object, path: KeyPath) -> bool:
     return bool(path)
 
 
-def _mistake(detail: ErrorDetails, key: _Key, origin: OptionSource) -> UserError:
+def _mistake(detail: ErrorDetails, key: _Key, origin: OptionPlace) -> UserError:
     where = origin.spell(key.path) + (f" in {origin.file}" if origin.file else "")
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     match detail["type"]:

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,12 +23,14 @@ from ldm.errors import UserError
 
 __all__ = [
     "KeyPath",
+    "OptionPlace",
     "OptionSource",
     "TypedLine",
     "command_line",
     "environment",
     "environment_name",
     "nearest",
+    "read_mapping",
     "yaml_file",
 ]
 
@@ -38,17 +40,23 @@ NONE_TEXT = "null"  # what stands for None on the command line and in the enviro
 
 
 @dataclass(frozen=True)
-class OptionSource:
+class OptionPlace:
     """Values found in one place, and how a key is written there.
 
     ``values`` is nested as the config is; ``spell(("pool", "max_size"))`` may be ``--pool.max-size``;
     ``file`` is the file that holds them, if there is one.
     """
 
-    settings: PydanticBaseSettingsSource
     values: Mapping[str, object]
     spell: Callable[[KeyPath], str]
     file: Path | None = None
+
+
+@dataclass(frozen=True)
+class OptionSource(OptionPlace):
+    """A place that a job's config is built from."""
+
+    settings: PydanticBaseSettingsSource = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def command_line(job: type[BaseSettings], command: str, args: Sequence[str]) -> 
     settings = _parsed(lambda: cli(parsed_args=options), "command line")
     spell = _positional_or_flag({action.dest for action in parser._get_positional_actions()})
     values = _parsed(settings, "command line")
-    return TypedLine(OptionSource(settings, values, spell), config_file, as_json)
+    return TypedLine(OptionSource(values, spell, settings=settings), config_file, as_json)
 
 
 def environment(job: type[BaseSettings], command: str) -> OptionSource:
@@ -107,7 +115,7 @@ def environment(job: type[BaseSettings], command: str) -> OptionSource:
         job, env_prefix=prefix, env_nested_delimiter="__", env_parse_none_str=NONE_TEXT
     )
     values = _parsed(settings, "environment")
-    return OptionSource(settings, values, lambda path: environment_name(command, path))
+    return OptionSource(values, lambda path: environment_name(command, path), settings=settings)
 
 
 def environment_name(command: str, path: KeyPath) -> str:
@@ -118,16 +126,17 @@ def environment_name(command: str, path: KeyPath) -> str:
 
 def yaml_file(job: type[BaseSettings], path: Path) -> OptionSource:
     """Options in a YAML file. Raises ``UserError`` if there is no such file, or no mapping in it."""
-    values = _read_mapping(path)
-    return OptionSource(InitSettingsSource(job, values), values, ".".join, file=path)
+    values = read_mapping(path, f"--config {path}")
+    return OptionSource(values, ".".join, path, settings=InitSettingsSource(job, values))
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file of keys and values; what: how an error names a file that cannot be read."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read --config {path}: {reason}", do="give a YAML file") from error
+        raise UserError(f"cannot read {what}: {reason}", do="give a YAML file") from error
     except yaml.YAMLError as error:
         # The text of the error quotes the file, which may hold a secret: only its place is told.
         mark = getattr(error, "problem_mark", None)

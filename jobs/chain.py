@@ -33,7 +33,9 @@ class StageError(LdmError):
 
     def __init__(self, stage: Stage, exit_status: int) -> None:
         self.exit_status = exit_status if exit_status > 0 else 128 - exit_status
-        super().__init__(f"stage {stage.name} ended with status {self.exit_status}; run the chain again to go on")
+        super().__init__(
+            f"stage {stage.name} ended with status {self.exit_status}; run the chain again to go on"
+        )
 
 
 class ChainJob(JobServer, JobConfig):

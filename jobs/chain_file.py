@@ -66,7 +66,9 @@ class Stage(JobFile):
             return self.done_when
         # As given: Path makes s3:/ of s3://.
         values = {name: getattr(config, name) for name in type(config).model_fields} | self.options
-        named = {name: value.rstrip("/") if isinstance(value, str) else value for name, value in values.items()}
+        named = {
+            name: value.rstrip("/") if isinstance(value, str) else value for name, value in values.items()
+        }
         return (RECORDS[self.command].format(**named),)
 
 

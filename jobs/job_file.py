@@ -52,11 +52,13 @@ class JobFile(Section):
     """One job. ``options`` has the keys of ``ldm COMMAND --config FILE``."""
 
     command: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({}, description="of the command")
     resources: EntrypointResources = EntrypointResources()
     env: tuple[str, ...] = Field((), description="names of environment variables to pass on: secrets")
     working_dir: Path | None = Field(None, description="folder that goes with the job and is where it runs")
-    excludes: tuple[str, ...] = Field((), description="of working_dir, as in .gitignore, beside what that has")
+    excludes: tuple[str, ...] = Field(
+        (), description="of working_dir, as in .gitignore, beside what that has"
+    )
     image: str | None = Field(None, description="container image that the job runs in instead")
 
     @field_validator("command")

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from jobs.ray_token import find_token
 from ldm.errors import UserError
@@ -22,10 +22,8 @@ PROBE_TIMEOUT_S = 10.0
 OPEN, GUARDED = (200,), (401, 403)
 
 
-class JobServer(BaseModel):
+class JobServer(BaseModel, frozen=True, extra="forbid"):
     """Options of every command that talks to a job server."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     address: str | None = Field(
         None,

@@ -9,7 +9,7 @@ __all__ = ["JobsListJob"]
 
 
 class JobsListJob(JobServer, JobConfig):
-    """List the jobs that were submitted to a cluster, oldest first: id, status, exit status, start, command."""
+    """List the jobs submitted to a cluster, oldest first: id, name, status, exit status, start, command."""
 
     def run(self) -> dict[str, object]:
         """The jobs. Never their environment, which holds secrets."""

@@ -1,6 +1,6 @@
 """Whether a stage of a chain is complete: its record says of what, and its output is still that.
 
-    STATE/<stage>.json    what the stage was begun with; once it has ended well, what it left
+STATE/<stage>.json    what the stage was begun with; once it has ended well, what it left
 """
 
 import hashlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fsspec import AbstractFileSystem
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.chain_file import INPUTS, PUBLISHED_WHOLE, Stage
 from jobs.config import JobConfig
@@ -20,13 +20,13 @@ __all__ = ["StageRecord", "StageRecords", "fingerprint", "stage_digest"]
 
 
 class StageRecord(BaseModel):
-    """``digest``: of command, options and inputs; ``left``: path → fingerprint, empty until it is complete."""
+    """``digest``: of command, options, inputs; ``left``: path → fingerprint, empty until it is complete."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
     digest: str
-    left: dict[str, str] = {}
+    left: dict[str, str] = Field({})
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StageRecords:
             raise UserError(f"{path} is no record of a stage", do="remove it to run the stage") from error
 
     def left_by(self, stage: Stage, digest: str) -> list[str] | None:
-        """Fingerprints of what the stage left; None unless it ended well with this digest and they still hold."""
+        """Fingerprints of what the stage left; None unless it ended well with this digest and they hold."""
         record = self.read(stage)
         if record is None or record.digest != digest or not record.left:
             return None
@@ -55,7 +55,7 @@ class StageRecords:
         return list(record.left.values()) if holds else None
 
     def was_published(self, stage: Stage, digest: str, paths: Sequence[str]) -> bool:
-        """Whether a stage that appears in one step was begun with this digest and is there: then it is done."""
+        """Whether what appears in one step was begun with this digest and is there: then it is done."""
         record = self.read(stage)
         is_begun = record is not None and record.digest == digest and not record.left
         return is_begun and stage.command in PUBLISHED_WHOLE and all(fingerprint(path) for path in paths)
@@ -70,7 +70,7 @@ class StageRecords:
         self._write(stage, StageRecord(stage=stage.name, digest=digest))
 
     def complete(self, stage: Stage, digest: str, paths: Sequence[str]) -> list[str]:
-        """Record that it ended well; returns the fingerprints of what it left. LdmError for what is not there."""
+        """Record that it ended well; fingerprints of what it left. LdmError for what is not there."""
         left = {path: fingerprint(path) for path in paths}
         if missing := [path for path, found in left.items() if not found]:
             raise LdmError(f"stage {stage.name} ended well and left no {missing[0]}: see its done_when")

@@ -63,7 +63,8 @@ def test_a_failed_stage_ends_the_chain_with_its_status(
     )
     assert cli.main(["chain", str(path)]) == 2
     assert capfd.readouterr().err == (
-        f"ldm shards: error: no such folder: {tmp_path}/missing; give a folder of images; sub-folders are classes\n"
+        f"ldm shards: error: no such folder: {tmp_path}/missing; "
+        "give a folder of images; sub-folders are classes\n"
         "ldm chain: failed: stage b ended with status 2; run the chain again to go on\n"
     )
     assert not (tmp_path / "c").exists()
@@ -98,14 +99,18 @@ def test_other_options_are_another_stage_and_all_after_it(tmp_path: Path, photos
     first["options"]["out"] = str(tmp_path / "a2")
     first["options"]["resize_px"] = 16
     write_chain(path, first, second)
-    with pytest.raises(StageError, match="stage b"):  # what it follows has changed; shards refuses to write again
+    with pytest.raises(
+        StageError, match="stage b"
+    ):  # what it follows has changed; shards refuses to write again
         run(path)
     assert (tmp_path / "a2").is_dir()
 
 
 def test_what_is_not_left_is_reported(tmp_path: Path, photos: Path) -> None:
     stage = pack(photos, tmp_path / "a") | {"done_when": str(tmp_path / "a/nothing")}
-    with pytest.raises(LdmError, match=f"stage a ended well and left no {tmp_path}/a/nothing: see its done_when"):
+    with pytest.raises(
+        LdmError, match=f"stage a ended well and left no {tmp_path}/a/nothing: see its done_when"
+    ):
         run(write_chain(tmp_path / "chain.yaml", stage))
 
 
@@ -123,7 +128,10 @@ def test_what_is_not_left_is_reported(tmp_path: Path, photos: Path) -> None:
             "unknown option stages.0.options.croppx in FILE; did you mean 'stages.0.options.crop_px'?",
         ),
         ([{"name": "a/b", "command": "shards"}], "stages.0.name in FILE is 'a/b'; allowed"),
-        ([{"name": "a", "command": "decode"}], "stages.0 in FILE: stage a: no record of 'ldm decode' is known"),
+        (
+            [{"name": "a", "command": "decode"}],
+            "stages.0 in FILE: stage a: no record of 'ldm decode' is known",
+        ),
         ([{"name": "a", "command": "shards"}] * 2, "two stages are named 'a'"),
         (
             [{"name": "a", "command": "serve"}, {"name": "b", "command": "shards"}],
@@ -139,7 +147,9 @@ def test_mistakes_in_a_chain(stages: list[dict[str, Any]], message: str, tmp_pat
     assert not (tmp_path / "state").exists()
 
 
-def test_a_new_shard_makes_an_encoded_dataset_incomplete(tmp_path: Path, photos: Path, latent_folder: Path) -> None:
+def test_a_new_shard_makes_an_encoded_dataset_incomplete(
+    tmp_path: Path, photos: Path, latent_folder: Path
+) -> None:
     stage = {
         "name": "encode",
         "command": "encode",
@@ -181,15 +191,18 @@ def test_a_chain_killed_in_every_stage_is_the_undisturbed_one(
 def three_stages(tmp_path: Path, photos: Path, vae: Path, name: str) -> Path:
     root = tmp_path / name
     cluster = {"num_cpus": 4}
-    training = {"preset": "tiny", "batch_size": 4, "steps": 400, "checkpoint_every": 20, "log_every": 10,
-                "warmup_steps": 10, "threads": 1, "samples": {"num_images": 0}, "data": {"validation_rows": 0}}  # fmt: skip
+    training = {
+        "preset": "tiny", "batch_size": 4, "steps": 400, "checkpoint_every": 20, "log_every": 10,
+        "warmup_steps": 10, "threads": 1, "samples": {"num_images": 0}, "data": {"validation_rows": 0},
+    }  # fmt: skip
     stages = [
         pack(photos, root / "shards", crop_px=32, crops_per_image=3000),
         {"name": "encode", "command": "encode", "options": {
             "input": str(root / "shards"), "output": str(root / "latents"), "vae": str(vae), "unit_size": 64,
             "preprocess": {"sizes_px": [32]}, "cluster": cluster}},
         {"name": "train", "command": "train", "options": {
-            "dataset": str(root / "latents"), "out": str(root / "model"), "train": training, "cluster": cluster}},
+            "dataset": str(root / "latents"), "out": str(root / "model"), "train": training,
+            "cluster": cluster}},
     ]  # fmt: skip
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"state": str(root / "state"), "stages": stages}))

@@ -1,4 +1,4 @@
-"""``ldm submit``, ``jobs`` and ``chain --address`` against a real Ray head with its job server and a token."""
+"""``ldm submit``, ``jobs`` and ``chain --address`` on a real Ray head with its job server and a token."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def head() -> Iterator[Head]:
             "PYTHONPATH": str(ROOT),
         }
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
-            "--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", str(folder / "ray"),
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+            "--disable-usage-stats", "--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", str(folder / "ray"),
             "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port),
             "--dashboard-agent-listen-port", str(agent_port), "--ray-client-server-port", str(client_port),
             "--include-dashboard", "true", "--num-cpus", "2", "--object-store-memory", "80000000",
@@ -183,7 +183,9 @@ def test_a_job_runs_with_its_folder_and_its_secrets(
     listed = capsys.readouterr().out
     assert f"{job_id}  pack  SUCCEEDED  0  " in listed
     assert secret not in out + err + log + listed
-    written = [path for path in (head.folder / "ray").rglob("*") if path.is_file() and "sockets" not in path.parts]
+    written = [
+        path for path in (head.folder / "ray").rglob("*") if path.is_file() and "sockets" not in path.parts
+    ]
     assert len(written) > 10
     assert [path for path in written if secret.encode() in path.read_bytes()] == []
 
@@ -211,13 +213,19 @@ def test_stop(address: str, photos: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_without_the_token_nothing_is_told(
-    head: Head, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    head: Head,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert httpx.get(f"{address}/api/jobs/", timeout=10).status_code == 401
     assert httpx.post(f"{address}/api/jobs/", json={"entrypoint": "true"}, timeout=10).status_code == 401
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     assert cli.main(["jobs", "list", "--address", address]) == 2
-    assert capsys.readouterr().err.startswith(f"ldm jobs list: error: {address} refuses the token; set RAY_AUTH")
+    assert capsys.readouterr().err.startswith(
+        f"ldm jobs list: error: {address} refuses the token; set RAY_AUTH"
+    )
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -245,7 +253,9 @@ def test_a_killed_chain_finds_its_running_job(
     stages = [stage("first", SHORT), stage("second", {})]
     path.write_text(yaml.safe_dump({"state": str(tmp_path / "state"), "stages": stages}))
     chain = ["chain", str(path), "--address", address]
-    with subprocess.Popen([sys.executable, "-m", "jobs.cli", *chain], stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *chain], stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdout is not None
         submitted = first.stdout.readline()
         first.send_signal(signal.SIGKILL)

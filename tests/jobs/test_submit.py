@@ -120,7 +120,7 @@ def test_the_ready_chain_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "command: encode\noptions: {input: /a, output: /b, cluster: {num_cpus: 4}}",
-            "options.cluster in FILE: num_cpus, num_gpus and object_store_memory_bytes are for a cluster that",
+            "options.cluster in FILE: num_cpus, num_gpus and object_store_memory_bytes are for",
         ),
         ("command: train\nimage: i\nworking_dir: .", "working_dir and image exclude each other"),
         ("command: train\nexcludes: [a]", "excludes needs working_dir"),
@@ -139,7 +139,9 @@ def test_a_path_in_the_working_folder_goes_with_the_job(tmp_path: Path, job_path
     text = f"command: shards\nworking_dir: {tmp_path}\noptions: {{src: photos, out: /mnt/shards}}"
     job_path.write_text(text)
     read_job(job_path).check(job_path, on_cluster=True)
-    assert refused(job_path, text.replace("/mnt/shards", "shards")).startswith("options.out in FILE is 'shards'")
+    assert refused(job_path, text.replace("/mnt/shards", "shards")).startswith(
+        "options.out in FILE is 'shards'"
+    )
 
 
 def test_secrets_are_named_and_never_shown(
@@ -163,7 +165,7 @@ def test_secrets_are_named_and_never_shown(
     "options",
     [
         {"input": "s3://a/b", "sizes": [256, 512], "nested": {"flag": True, "none": None, "number": 1e-4}},
-        {"text": f"it's\n{END_OF_OPTIONS}\n$(touch x) `y` \\ \"z\" é", "empty": {}},
+        {"text": f'it\'s\n{END_OF_OPTIONS}\n$(touch x) `y` \\ "z" é', "empty": {}},
         {"long": "x" * 100_000},
         {},
     ],
@@ -246,7 +248,9 @@ def test_loopback(url: str, expected: bool) -> None:
     assert is_loopback(url) is expected
 
 
-@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "ray://h:10001", "http://", "http://h:port", "ftp://h"])
+@pytest.mark.parametrize(
+    "address", ["auto", "10.0.0.1:6379", "ray://h:10001", "http://", "http://h:port", "ftp://h"]
+)
 def test_addresses_that_are_no_url(address: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"address is '{address}'; allowed: http://HOST:PORT")):
         _ = JobServer(address=address).url
@@ -302,7 +306,9 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_a_token_is_asked_for(serve_status: Callable[[int, str], str]) -> None:
     url = serve_status(401, "127.0.0.1")
-    with pytest.raises(UserError, match=f"^{url} asks for a token, and there is none; set RAY_AUTH_TOKEN_PATH"):
+    with pytest.raises(
+        UserError, match=f"^{url} asks for a token, and there is none; set RAY_AUTH_TOKEN_PATH"
+    ):
         JobServer(address=url).connect()
 
 
@@ -323,5 +329,7 @@ def test_an_open_server_of_others_is_refused_unless_told(
     url = serve_status(200, own_address())
     # The handler asserts that nobody sends it: a server that asks for no token gets none.
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(write_token(tmp_path / "token", "t", 0o600)))
-    with pytest.raises(UserError, match=f"^{url} asks for no token: .*; start its cluster with RAY_AUTH_MODE=token"):
+    with pytest.raises(
+        UserError, match=f"^{url} asks for no token: .*; start its cluster with RAY_AUTH_MODE=token"
+    ):
         JobServer(address=url).connect()

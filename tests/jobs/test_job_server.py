@@ -58,7 +58,8 @@ def head() -> Iterator[Head]:
         }
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-            "--disable-usage-stats", "--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", str(folder / "ray"),
+            "--disable-usage-stats", "--node-ip-address", "127.0.0.1", "--port", str(port),
+            "--temp-dir", str(folder / "ray"),
             "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port),
             "--dashboard-agent-listen-port", str(agent_port), "--ray-client-server-port", str(client_port),
             "--include-dashboard", "true", "--num-cpus", "2", "--object-store-memory", "80000000",

@@ -24,6 +24,12 @@ from PIL import Image
 
 from jobs import cli
 
+pytestmark = [
+    pytest.mark.faults_long,  # a head to start, and a process for every job: a minute and more
+    # Ray's own client follows logs with it.
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
+]
+
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"crop_px": 8, "crops_per_image": 100_000}  # a tar of three pictures: longer than any test waits
 SHORT = {"crop_px": 8, "crops_per_image": 5_000}

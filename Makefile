@@ -5,14 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test chromium test-faults lint venv clean
+.PHONY: demo test chromium test-faults test-docs docs lint venv clean
 
 demo: $(INSTALLED)
 	$(BIN)/ldm demo out/demo
 
 # Two files at a time, as most of their time is waiting for processes to start; each has a Ray of its own.
 test: $(INSTALLED) chromium
-	$(BIN)/pytest -n 2 --dist loadfile -m "not faults_long"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not faults_long and not docs"
 
 # For the tests of the page, which are skipped without it. Root on Debian may install it; others do so themselves.
 chromium:
@@ -21,6 +21,13 @@ chromium:
 
 test-faults: $(INSTALLED)
 	$(BIN)/pytest tests/faults
+
+# Runs the commands of README.md and docs/; -rs names what is not run, and why.
+test-docs: $(INSTALLED)
+	$(BIN)/pytest -m docs -rs tests/docs
+
+docs: $(INSTALLED)
+	$(BIN)/python -m jobs.reference docs/reference.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -13,8 +13,8 @@ __all__ = ["PageShell", "smaller"]
 BLOCK_TIMEOUT_S, START_TIMEOUT_S, END_TIMEOUT_S = 270, 180, 60
 SERVER = re.compile(r"^ldm serve ", re.MULTILINE)
 READY = "(end it with Ctrl+C)"
-# What a reader types → what a test runs instead: as many steps, crops and workers as show that the command works,
-# and no weights that would have to be downloaded.
+# What a reader types → what a test runs instead: as many steps, crops and workers as show that the command
+# works, and no weights that would have to be downloaded.
 SMALLER = {
     r"--crops-per-image \d+": "--crops-per-image 12",
     r"--train\.steps \d+": "--train.steps 2",
@@ -48,7 +48,9 @@ ENVIRONMENT = {
     "LDM_INTERPOLATE__FRAMES": "3",
     "LDM_EVALUATE_SAMPLES__NUM_IMAGES": "4",
     "LDM_EVALUATE_SAMPLES__BOOTSTRAP__RESAMPLES": "10",
+    "LDM_EVALUATE_SAMPLES__BOOTSTRAP__FID_RESAMPLES": "2",
     "LDM_EVALUATE_RECON__BOOTSTRAP__RESAMPLES": "10",
+    "LDM_EVALUATE_RECON__BOOTSTRAP__FID_RESAMPLES": "2",
     "LDM_EVALUATE_BY_F__SECONDS": "0.5",
     "LDM_EVALUATE_BY_F__BOOTSTRAP__RESAMPLES": "10",
     "OMP_NUM_THREADS": "1",
@@ -63,7 +65,7 @@ def smaller(text: str, *, key: str, port: int) -> str:
 
 
 class PageShell:
-    """One page's folder. A block that begins with ``ldm serve`` runs on beside the later ones, until `close`."""
+    """One page's folder. A block with ``ldm serve`` runs on beside the later ones, until `close`."""
 
     def __init__(self, folder: Path, *, key: str, port: int, **environment: str) -> None:
         self.folder, self.key, self.port = folder, key, port

@@ -1,19 +1,24 @@
 """The commands of README.md and docs/ run: ``make test-docs``, where ``-rs`` names what is not run, and why.
 
-Each page has a folder of its own, with what its comment ``<!-- needs: … -->`` names, and its blocks of ``sh`` and
-``python`` run there in their order, with the numbers of `page_shell.SMALLER`. They join one Ray with logical GPUs.
+Each page has a folder of its own, with what its comment ``<!-- needs: … -->`` names, and its blocks of ``sh``
+and ``python`` run there in their order, with the numbers of `page_shell.SMALLER`. They join one Ray with logical
+GPUs.
 """
 
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from tests.docs.markdown_page import ROOT, Block, blocks, needs, pages
 from tests.docs.page_shell import PageShell
+
+if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
 
 pytestmark = pytest.mark.docs
 RUNNABLE = [block for page in pages() for block in blocks(page) if block.language in ("sh", "python")]
@@ -63,9 +68,8 @@ def _write_pictures(folder: Path) -> None:
     for name, photo_HW3 in photos.items():
         (folder / "PHOTOS" / name).mkdir(parents=True)
         Image.fromarray(photo_HW3[:256, :256]).save(folder / "PHOTOS" / name / f"{name}.png")
-    small = {name: Image.fromarray(photo_HW3[:256, :256]).resize((64, 64)) for name, photo_HW3 in photos.items()}
-    for name, picture in (("image", small["cat"]), ("a", small["cat"]), ("b", small["temple"])):
-        picture.save(folder / f"{name}.png")
+    for name, photo in (("image", "cat"), ("a", "cat"), ("b", "temple")):
+        Image.fromarray(photos[photo][:256, :256]).resize((64, 64)).save(folder / f"{name}.png")
     mask_HW = np.zeros((64, 64), np.uint8)
     mask_HW[16:48, 16:48] = 255
     Image.fromarray(mask_HW).save(folder / "mask.png")
@@ -95,17 +99,12 @@ def page(
     shell.close()
 
 
-@pytest.mark.parametrize(
-    ("page", "block"),
-    [
-        pytest.param(
-            block.page, block, id=name_of(block),
-            marks=[pytest.mark.skip(reason=f"{name_of(block)} is not run: {block.not_run}")] if block.not_run else [],
-        )
-        for block in RUNNABLE
-    ],
-    indirect=["page"],
-    scope="module",
-)  # fmt: skip
+def _parameters(block: Block) -> "ParameterSet":
+    why = f"{name_of(block)} is not run: {block.not_run}"
+    marks = [pytest.mark.skip(reason=why)] if block.not_run else []
+    return pytest.param(block.page, block, id=name_of(block), marks=marks)
+
+
+@pytest.mark.parametrize(("page", "block"), map(_parameters, RUNNABLE), indirect=["page"], scope="module")
 def test_block_runs(page: PageShell, block: Block) -> None:
     page.run(block.language, block.text)

@@ -34,7 +34,14 @@ OF_THE_MACHINE = {
     ("evaluate by-f", "threads"): "the machine's CPUs",
     ("savings", "threads"): "the machine's CPUs",
 }
-NAMES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null", "object": "mapping"}
+NAMES = {
+    "integer": "int",
+    "number": "float",
+    "string": "str",
+    "boolean": "bool",
+    "null": "null",
+    "object": "mapping",
+}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 COUNTS = {
     "minItems": "at least {} values",
@@ -56,10 +63,11 @@ A key `max_size` of the group `encoder` is written
 | in the environment | `LDM_ENCODE__ENCODER__MAX_SIZE=4` |
 | in the YAML file of `--config` | `encoder: {max_size: 4}` |
 
-and the first of these counts that says something. Lists are written `64,256` on the command line and in YAML as lists,
-`null` is no value, and a key without a default must be given. Names in capitals are given by their place.
-`--config FILE` and `--json` (the result as one last line of JSON) belong to every command. A key whose type is a link
-is a group; beside it stand the defaults in which it differs from the group's own.
+and the first of these counts that says something. Lists are written `64,256` on the command line and in
+YAML as lists, `null` is no value, and a key without a default must be given. Names in capitals are given
+by their place. `--config FILE` and `--json` (the result as one last line of JSON) belong to every
+command. A key whose type is a link is a group; beside it stand the defaults in which it differs from the
+group's own.
 """
 
 
@@ -91,7 +99,9 @@ def _command(page: "_Page", command: str, job: type[JobConfig], schema: Schema) 
     places = [name for name, field in job.model_fields.items() if POSITIONAL in field.metadata]
     line = " ".join(["ldm", command, *(_capitals(name) for name in places)])
     table = page.table(schema, command, places)
-    return "\n".join([f"### ldm {command}\n", *_said(inspect.getdoc(job) or ""), f"    {line} [options]\n", table])
+    return "\n".join(
+        [f"### ldm {command}\n", *_said(inspect.getdoc(job) or ""), f"    {line} [options]\n", table]
+    )
 
 
 class _Page:
@@ -169,7 +179,9 @@ class _Page:
             if "$ref" in field and isinstance(value, dict):
                 own = field.get("default")
                 if value != own:
-                    found += [(f"{key}.{path}", inner) for path, inner in self._differences(_target(field), value)]
+                    found += [
+                        (f"{key}.{path}", inner) for path, inner in self._differences(_target(field), value)
+                    ]
             elif value != field.get("default"):
                 found.append((key, value))
         return found

@@ -67,7 +67,9 @@ def anchors(page: Path) -> set[str]:
             text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1]).strip().lower()
             slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
             found[slug] = found.get(slug, -1) + 1
-    return {name if not count else f"{name}-{count}" for name, most in found.items() for count in range(most + 1)}
+    return {
+        name if not count else f"{name}-{count}" for name, most in found.items() for count in range(most + 1)
+    }
 
 
 def _prose(page: Path, *, keep_code: bool = False) -> str:

@@ -1,8 +1,8 @@
 """The commands of README.md and docs/ run: ``make test-docs``, where ``-rs`` names what is not run, and why.
 
 Each page has a folder of its own, with what its comment ``<!-- needs: … -->`` names, and its blocks of ``sh``
-and ``python`` run there in their order, with the numbers of `page_shell.SMALLER`. They join one Ray with logical
-GPUs.
+and ``python`` run there in their order, with the numbers of `page_shell.SMALLER`. They join one Ray with
+logical GPUs.
 """
 
 import shutil
@@ -20,7 +20,8 @@ from tests.docs.page_shell import PageShell
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
 
-pytestmark = pytest.mark.docs
+# Of what may hang; the block's own deadline tells what it had printed.
+pytestmark = [pytest.mark.docs, pytest.mark.timeout(900)]
 RUNNABLE = [block for page in pages() for block in blocks(page) if block.language in ("sh", "python")]
 MADE = """\
 ldm shards PHOTOS SHARDS --crop-px 64 --crops-per-image 12
@@ -105,6 +106,8 @@ def _parameters(block: Block) -> "ParameterSet":
     return pytest.param(block.page, block, id=name_of(block), marks=marks)
 
 
-@pytest.mark.parametrize(("page", "block"), map(_parameters, RUNNABLE), indirect=["page"], scope="module")
+@pytest.mark.parametrize(
+    ("page", "block"), [_parameters(block) for block in RUNNABLE], indirect=["page"], scope="module"
+)
 def test_block_runs(page: PageShell, block: Block) -> None:
     page.run(block.language, block.text)

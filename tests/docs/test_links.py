@@ -43,7 +43,9 @@ def test_every_picture_is_shown() -> None:
 
 
 def test_what_is_wrong_with_a_link_is_found(tmp_path: Path) -> None:
-    (tmp_path / "there.md").write_text("# A `b_c` d: E, (f)\n\n## Twice\n\n## Twice\n\n```sh\n# no heading\n```\n")
+    (tmp_path / "there.md").write_text(
+        "# A `b_c` d: E, (f)\n\n## Twice\n\n## Twice\n\n```sh\n# no heading\n```\n"
+    )
     page = tmp_path / "page.md"
     page.write_text(
         "[1](there.md) [2](there.md#a-b_c-d-e-f) [3](there.md#twice-1) [4](#own) [5](https://a.b/c)\n\n"
@@ -52,7 +54,8 @@ def test_what_is_wrong_with_a_link_is_found(tmp_path: Path) -> None:
         "[12](there.md#twice-2) [13](there.md#no-heading)\n"
     )
     assert broken(page) == [
-        "gone.md", "there.md#gone", "#gone", "gone.svg", "gone.png", "there.md#twice-2", "there.md#no-heading",
+        "gone.md", "there.md#gone", "#gone", "gone.svg", "gone.png", "there.md#twice-2",
+        "there.md#no-heading",
     ]  # fmt: skip
 
 

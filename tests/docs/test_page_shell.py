@@ -20,7 +20,8 @@ def test_blocks_of_a_page_share_a_folder(shell: PageShell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "text"), [("sh", "false\ntouch after"), ("sh", "false | touch after; exit 1"), ("python", "1 / 0")]
+    ("language", "text"),
+    [("sh", "false\ntouch after"), ("sh", "false | touch after; exit 1"), ("python", "1 / 0")],
 )
 def test_a_command_that_fails_is_told(shell: PageShell, language: str, text: str) -> None:
     with pytest.raises(AssertionError, match=r"ended with 1:"):

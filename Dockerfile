@@ -25,12 +25,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 # Of number 1000, as the first user of cloud machines is: `ray up` mounts files that belong to that user.
 RUN useradd --uid 1000 --user-group --create-home --shell /bin/bash ldm
+# RAY_LOGGER_LEVEL: at `info` Ray writes the variables that a job brings, secrets too, into a log of each node.
 # HOME must be among the image's variables: `ray up` looks for it there, and takes /root otherwise.
 ENV HOME=/home/ldm \
     PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore \
+    RAY_LOGGER_LEVEL=warning \
     RAY_USAGE_STATS_ENABLED=0
 WORKDIR /home/ldm
 

@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 
 # Two files at a time, as most of their time is waiting for processes to start; each has a Ray of its own.
 test: $(INSTALLED) chromium
-	$(BIN)/pytest -n 2 --dist loadfile -m "not faults_long and not docs"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults_long and not docs"
 
 # For the tests of the page, which are skipped without it. Root on Debian may install it; others do so themselves.
 chromium:

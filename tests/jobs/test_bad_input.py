@@ -165,6 +165,11 @@ BAD = [
     ("decode {latents}#k0 {out}.png --crop-px 33,32", "33×32 px of an image of 32×32 px"),
     ("upscale {pictures}/a.png {out}.png --stages {checkpoint}", "no upsampler"),
     ("upscale {missing}.npy {out}.png --stages {checkpoint}", "cannot read latent"),
+    ("submit {missing}.yaml", "cannot read"),
+    ("chain {missing}.yaml", "cannot read"),
+    ("jobs list --address http://127.0.0.1:9", "no job server at http://127.0.0.1:9"),
+    ("jobs logs ID --address 127.0.0.1:9", "http://HOST:PORT"),
+    ("jobs stop ID --address http://127.0.0.1:9", "no job server at http://127.0.0.1:9"),
 ]
 
 

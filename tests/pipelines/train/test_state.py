@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from pipelines.train.config import UnetTraining
 from pipelines.train.loader import LatentBatch
 from pipelines.train.plan import plan
 from pipelines.train.progress import DivergedError
-from pipelines.train.snapshots import load_snapshot
+from pipelines.train.snapshots import SnapshotWriter, load_snapshot
 from pipelines.train.state import TrainState
 from pipelines.train.unet import METRICS_FILE, SNAPSHOTS, train
 from tests.pipelines.train.training_ranks import Stopped, stop, train_on
 
+WRITE = SnapshotWriter.write
 OPTIONS: dict[str, Any] = {
     "preset": "tiny", "batch_size": 8, "steps": 12, "checkpoint_every": 4, "log_every": 1,
     "validate_every": 6, "warmup_steps": 3, "keep_checkpoints": 20, "data": {"validation_rows": 4},
@@ -39,8 +41,15 @@ def run(folder: Path, out: Path, *, stop_after: int | None = None, **options: ob
     out.mkdir(parents=True, exist_ok=True)
     state = new_state(folder, **options)
     stop(state, state.config.steps if stop_after is None else stop_after)
-    train(state, LatentDataset.open(folder), out, lambda metrics: None)
+    # A process that ends writes no more; here the next run would meet what this one is still writing.
+    with patch.object(SnapshotWriter, "write", _write_now):
+        train(state, LatentDataset.open(folder), out, lambda metrics: None)
     return state
+
+
+def _write_now(writer: SnapshotWriter, step: int, state: dict[str, Any]) -> None:
+    WRITE(writer, step, state)
+    writer.wait()
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -20,7 +20,7 @@ chromium:
 		echo "no chromium: the tests of the page are skipped"
 
 test-faults: $(INSTALLED)
-	$(BIN)/pytest tests/faults
+	$(BIN)/pytest tests/faults tests/jobs/test_chain.py
 
 # Runs the commands of README.md and docs/; -rs names what is not run, and why.
 test-docs: $(INSTALLED)

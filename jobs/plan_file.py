@@ -5,10 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings
 
 from jobs.option_errors import explained
-from jobs.option_sources import yaml_file
+from jobs.option_sources import OptionPlace, read_mapping
 from ldm.errors import UserError
 from pipelines.planning.bench_rates import with_bench
 from pipelines.planning.config import PlanConfig
@@ -22,11 +21,11 @@ def read_plan(path: Path) -> PlanConfig:
     """UserError, in one line, for a file that is not there, no YAML, or no plan."""
     if not path.is_file():
         raise UserError(f"no such plan: {path}", do="give a YAML file; docs/sizing.md has one")
-    source = yaml_file(BaseSettings, path)  # a plan has no options of a command: its values alone are used
+    values = read_mapping(path, str(path))
     try:
-        return PlanConfig.model_validate(source.values)
+        return PlanConfig.model_validate(values)
     except ValidationError as error:
-        raise explained(error, PlanConfig, [source]) from error
+        raise explained(error, PlanConfig, [OptionPlace(values, ".".join, path)]) from error
 
 
 def add_rates(config: PlanConfig, path: Path) -> PlanConfig:

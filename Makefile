@@ -10,9 +10,8 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/ldm demo out/demo
 
-# Two files at a time, as most of their time is waiting for processes to start; each has a Ray of its own.
 test: $(INSTALLED) chromium
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults_long and not docs"
+	$(BIN)/pytest -m "not faults_long and not docs"
 
 # For the tests of the page, which are skipped without it. Root on Debian may install it; others do so themselves.
 chromium:
@@ -20,7 +19,7 @@ chromium:
 		echo "no chromium: the tests of the page are skipped"
 
 test-faults: $(INSTALLED)
-	$(BIN)/pytest tests/faults tests/jobs/test_chain.py
+	$(BIN)/pytest -m faults_long
 
 # Runs the commands of README.md and docs/; -rs names what is not run, and why.
 test-docs: $(INSTALLED)

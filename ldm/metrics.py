@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ldm.structural_similarity import ms_ssim, ssim
+
 __all__ = ["MS_SSIM_MIN_PX", "Quality", "nearest_label_share", "psnr", "reconstruction_quality"]
 
 # At the fifth scale, 16 times smaller, the 11-pixel window must still fit: torchmetrics' own limit.
@@ -36,21 +38,13 @@ def reconstruction_quality(original_B3HW: Tensor, reconstruction_B3HW: Tensor) -
     SSIM after Wang et al. 2004 (Gaussian window, σ 1.5), MS-SSIM after Wang et al. 2003, as in
     torchmetrics, with data range 1.
     """
-    from torchmetrics.functional.image import (
-        multiscale_structural_similarity_index_measure as ms_ssim,
-    )
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
     a, b = _eight_bits(original_B3HW), _eight_bits(reconstruction_B3HW)
     psnr_B = psnr(a, b)
-    ssim_B = ssim(b, a, data_range=1.0, reduction="none")
-    assert isinstance(ssim_B, Tensor)
+    ssim_B = ssim(a, b)
     large = min(a.shape[-2:]) >= MS_SSIM_MIN_PX
-    ms_B = ms_ssim(b, a, data_range=1.0, reduction="none") if large else None
+    ms_B = ms_ssim(a, b) if large else None
     return [
-        Quality(
-            float(psnr_B[i]), float(ssim_B.view(-1)[i]), float(ms_B.view(-1)[i]) if ms_B is not None else None
-        )
+        Quality(float(psnr_B[i]), float(ssim_B[i]), None if ms_B is None else float(ms_B[i]))
         for i in range(len(a))
     ]
 

@@ -214,7 +214,7 @@ async def _deadlines(card: ModelCard, model: torch.nn.Module, seeds: int, second
             found = {load: await _goodput(ours, rates[load], seed, seconds, full.step_s) for load in LOADS}
             first_out = await _goodput(theirs, rates[LOADS[0]], seed, seconds, full.step_s)
             gains.append(found[LOADS[0]] / max(first_out, 1e-9))
-            shares.append(found[LOADS[-1]] / max(found.values()))
+            shares.append(found[LOADS[-1]] / max(*found.values(), 1e-9))
             told = ", ".join(f"{load}: {goodput:.1f}" for load, goodput in found.items())
             print(f"  seed {seed}, in time a second by load: {told}; FIFO {first_out:.1f}", flush=True)
     return {

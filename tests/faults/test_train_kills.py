@@ -28,10 +28,10 @@ from tests.faults.killed_jobs import (
 from tests.pipelines.train.training_ranks import train_on
 from tests.same_bits import differing
 
-INTERVAL, STEPS = 10, 120
+INTERVAL, STEPS = 10, 60
 OPTIONS: dict[str, Any] = {
     "preset": "tiny", "batch_size": 8, "steps": STEPS, "checkpoint_every": INTERVAL, "log_every": 1,
-    "validate_every": 40, "num_workers": 2, "threads": 1, "keep_checkpoints": 20,
+    "validate_every": 20, "num_workers": 2, "threads": 1, "keep_checkpoints": 20,
 }  # fmt: skip
 
 
@@ -82,12 +82,12 @@ def test_kills_change_no_bit(dataset: Path, undisturbed: dict[str, Any], tmp_pat
     kill_worker(process)
     # Ray starts both ranks again; they go back at most to the snapshot before.
     time.sleep(1)
-    wait_for_step(out, 46, process)
+    wait_for_step(out, 26, process)
     kill_everything(process)
     assert find_snapshot(out / SNAPSHOTS).step >= last_step(out) - INTERVAL
 
     process = start(dataset, out)
-    wait_for_step(out, 86, process)
+    wait_for_step(out, 46, process)
     kill_driver(process)
     reached = last_step(out)
     assert find_snapshot(out / SNAPSHOTS).step >= reached - INTERVAL

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ldm.metrics import MS_SSIM_MIN_PX, nearest_label_share, psnr, reconstruction_quality
+from ldm.structural_similarity import ms_ssim, ssim
 
 
 def smooth(size: int, num_images: int = 2) -> Tensor:
@@ -48,6 +49,25 @@ def test_quality_is_that_of_scikit_image() -> None:
         assert expected < 0.99
         assert quality.ssim == pytest.approx(expected, abs=1e-4)
         assert quality.psnr_db == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (176, 210), (6, 40)])
+def test_similarity_is_that_of_torchmetrics(shape: tuple[int, int]) -> None:
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure,
+        structural_similarity_index_measure,
+    )
+
+    size = max(shape)
+    a = (smooth(size, 3)[..., : shape[0], : shape[1]] + 1).double() / 2
+    b = (blurred(smooth(size, 3)) * 0.8)[..., : shape[0], : shape[1]].add(1).double() / 2
+    b[2] = 1 - a[2]  # what looks like its negative has a similarity below zero
+    pairs = [(ssim, structural_similarity_index_measure)]
+    if min(shape) >= MS_SSIM_MIN_PX:
+        pairs.append((ms_ssim, multiscale_structural_similarity_index_measure))
+    for ours, theirs in pairs:
+        expected = theirs(b, a, data_range=1.0, reduction="none")
+        torch.testing.assert_close(ours(a, b), expected, rtol=0, atol=1e-7)
 
 
 def contrast_and_luminance(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

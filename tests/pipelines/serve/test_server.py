@@ -3,17 +3,14 @@
 import base64
 import io
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -301,32 +298,6 @@ def test_a_bomb_and_a_mask_of_another_size(client: OpenAI, photo: Callable[[int]
         with pytest.raises(APIStatusError) as refused:
             client.images.edit(prompt="", **files)  # type: ignore[call-overload]
         assert refused.value.status_code == 400
-
-
-def _is_sampler(process: psutil.Process) -> bool:
-    return any("ServeReplica" in part and "sampler" in part for part in process.info["cmdline"] or ())
-
-
-def test_no_request_fails_when_a_sampler_is_killed(client: OpenAI) -> None:
-    asked = {"seed": 5, "num_inference_steps": 400}
-    undisturbed = client.images.generate(prompt="cat", extra_body=asked)
-    with ThreadPoolExecutor(4) as threads:
-        # Another deadline is another request to the cache, and the same image.
-        pending = [
-            threads.submit(
-                client.images.generate, prompt="cat", extra_body={**asked, "seed": 5 + index, "user": "u"}
-            )
-            for index in range(1, 5)
-        ]
-        time.sleep(0.5)
-        replicas = [process for process in psutil.process_iter(["name", "cmdline"]) if _is_sampler(process)]
-        assert replicas
-        for replica in replicas:
-            replica.send_signal(signal.SIGKILL)
-        assert all(request.result(DEADLINE_S).data for request in pending)
-    again = client.images.generate(prompt="cat", extra_body={**asked, "output_compression": 99})
-    assert undisturbed.data is not None and again.data is not None
-    assert _same(_pixels(again.data[0].b64_json), _pixels(undisturbed.data[0].b64_json))
 
 
 def _samples(http: httpx.Client, name: str) -> dict[str, float]:

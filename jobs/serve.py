@@ -3,8 +3,9 @@
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Stages mostly wait: with less, they would not all start on a small machine.
 SPARE_CPUS = 4
 APPLICATION = "ray-ldm"
+DRAIN_POLL_S = 0.2
 
 
 class ServeJob(ServeOptions, JobConfig):  # type: ignore[misc]  # both freeze, and forbid
@@ -93,9 +95,32 @@ def serving(checked: "Checked", cluster: ClusterConfig, host: str, port: int) ->
         serve.start(http_options={"host": host, "port": port})
         try:
             serve.run(application(checked), name=APPLICATION, route_prefix="/")
-            yield
+            try:
+                yield
+            finally:
+                _drain()
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own
+
+
+def _drain() -> None:
+    """Every ingress takes no more work, and what is on its way is answered.
+
+    Ray Serve ends all stages of an application together: a request would lose those that it still needs.
+    """
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from pipelines.serve.application import DRAIN_S
+
+    ingress, end = serve.get_app_handle(APPLICATION), time.monotonic() + DRAIN_S
+    # There may be no ingress any more, or one that died has nothing on its way.
+    with suppress(RayServeException):
+        while time.monotonic() < end:
+            left = ingress.broadcast("drain").results(timeout_s=DRAIN_S, return_exceptions=True)
+            if not any(count for count in left if isinstance(count, int)):
+                return
+            time.sleep(DRAIN_POLL_S)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -115,3 +140,5 @@ def _wait_for_signal() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
+    # Whoever does not want to wait for what is on its way interrupts again.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,6 +30,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serve.api_errors import ApiError, error_response
+from pipelines.serve.drain import Drain
 from pipelines.serve.keys import ANONYMOUS, KeyRing
 from pipelines.serve.rates import Allowance, OverLimit, Rates, Slot
 from pipelines.serve.request_id import Identified
@@ -67,7 +68,8 @@ class Guard:
     """An ASGI app around ``app``, in `Identified`.
 
     Puts into ``scope["state"]``: ``principal``, the key's name or ``anonymous``, and ``request_id``. clock:
-    of the rates, in seconds. echoes_id: as `Identified` has it. Websockets are closed, as the API has none.
+    of the rates, in seconds. echoes_id: as `Identified` has it. drain: once it has begun, work gets a 503.
+    Websockets are closed, as the API has none.
     """
 
     def __init__(
@@ -78,8 +80,10 @@ class Guard:
         *,
         echoes_id: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        drain: Drain | None = None,
     ) -> None:
         self.app, self.config, self.keys = app, config, keys
+        self.drain = drain or Drain()
         self.rates = Rates(_allowances(config, keys), clock=clock)
         self.open_paths = OPEN_PATHS | ({METRICS} if config.open_metrics else set())
         self._identified = Identified(self._answer, echoes_id=echoes_id)
@@ -117,7 +121,11 @@ class Guard:
         scope["state"]["principal"] = principal
         if _declared_bytes(headers) > most_bytes:
             raise _too_large(most_bytes, closing)
+        until_answered.enter_context(self.drain.one())
         if works:
+            if self.drain.begun:
+                again = {"retry-after": "1", **CLOSE}
+                raise ApiError(503, "this server is ending; try again", code="restarting", headers=again)
             until_answered.enter_context(self._slot(principal, closing))
         return await self._body(receive, most_bytes)
 

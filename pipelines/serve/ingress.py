@@ -19,6 +19,7 @@ from pipelines.serve.api_models import PAGE, model_routes
 from pipelines.serve.cluster_metrics import cluster_metrics
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.device_thread import switch_often
+from pipelines.serve.drain import Drain
 from pipelines.serve.guard import Guard
 from pipelines.serve.image_maker import ImageMaker, ResultCache
 from pipelines.serve.job_store import JobStore
@@ -43,6 +44,7 @@ class Ingress:
     ) -> None:
         switch_often()
         _log_as_ray_does()
+        self._drain = Drain()
         self.server = Server(
             config=config,
             keys=KeyRing.load(config.access.key_file),
@@ -57,12 +59,20 @@ class Ingress:
                 max_unfinished=config.jobs.max_unfinished,
             ),
             poke=runner.poke.remote,
-            ready=_is_ready,
+            ready=self._is_ready,
             metrics=cluster_metrics,
+            drain=self._drain,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return api(self.server)
+
+    def drain(self) -> int:
+        """Take no more work; returns how many requests are still on their way."""
+        return self._drain.begin()
+
+    async def _is_ready(self) -> bool:
+        return not self._drain.begun and await _all_run()
 
 
 def api(server: Server) -> ASGIApp:
@@ -73,7 +83,7 @@ def api(server: Server) -> ASGIApp:
         app.include_router(routes)
     app.mount("/page", StaticFiles(directory=PAGE))
     # Ray Serve's proxy puts the id into every answer.
-    guarded: ASGIApp = Guard(app, server.config.access, server.keys, echoes_id=False)
+    guarded: ASGIApp = Guard(app, server.config.access, server.keys, echoes_id=False, drain=server.drain)
     origins = server.config.access.allowed_origins
     if origins:
         return CORSMiddleware(
@@ -86,7 +96,7 @@ def api(server: Server) -> ASGIApp:
     return guarded
 
 
-async def _is_ready() -> bool:
+async def _all_run() -> bool:
     """Whether every application's deployments have the replicas that they are to have at least."""
     status = await asyncio.to_thread(serve.status)
     return all(application.status == "RUNNING" for application in status.applications.values())

@@ -1,10 +1,11 @@
 """What the routes of the API have in common: a server's config, and what it makes images with."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ldm.model_card import ModelCard
 from pipelines.serve.config import ServeConfig
+from pipelines.serve.drain import Drain
 from pipelines.serve.image_maker import ImageMaker
 from pipelines.serve.job_store import JobStore
 from pipelines.serve.keys import KeyRing
@@ -29,6 +30,7 @@ class Server:
     poke: Callable[[], Awaitable[None]]
     ready: Callable[[], Awaitable[bool]]
     metrics: Callable[[], Awaitable[str]]
+    drain: Drain = field(default_factory=Drain)
 
     def upscaled_sides_px(self, card: ModelCard) -> list[int]:
         """Longer sides that the cascade makes of an image of the model's own size."""

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.serve.drain import Drain
 from pipelines.serve.guard import AccessConfig, Guard
 from pipelines.serve.keys import KeyEntry, KeyRing, new_key
 
@@ -232,6 +233,29 @@ def test_a_key_has_so_many_requests_at_once_until_the_answer_is_whole() -> None:
 
     _run(guard, scenario)
     assert guard.rates.active == {"alice": 0, "bob": 0}
+
+
+def test_an_end_lets_no_work_in_and_waits_for_what_is_on_its_way() -> None:
+    ended, drain = asyncio.Event(), Drain()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await ended.wait()
+        await Echo()(scope, receive, send)
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        waiting = asyncio.create_task(client.post(WORK))
+        while not drain.on_its_way:
+            await asyncio.sleep(0)
+        assert drain.begin() == 1
+        late = await client.post(WORK)
+        assert (late.status_code, _code(late), late.headers["retry-after"]) == (503, "restarting", "1")
+        assert drain.begin() == 1
+        ended.set()
+        assert (await waiting).status_code == 200
+        assert drain.begin() == 0
+        assert (await client.get("/healthz")).status_code == 200
+
+    _run(Guard(app, AccessConfig(), OPEN, drain=drain), scenario)
 
 
 def test_an_app_that_fails_gives_its_slot_back() -> None:

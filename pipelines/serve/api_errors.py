@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-__all__ = ["ApiError", "error_body", "error_response", "failure_response", "install", "invalid"]
+__all__ = ["ApiError", "error_body", "error_response", "failure_response", "install", "invalid", "restarting"]
 
 TYPES: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -53,6 +53,14 @@ class ApiError(HTTPException):
     ) -> None:
         super().__init__(status_code, message, headers)
         self.param, self.code = param, code
+
+
+def restarting(retry_after_s: int = 1, headers: Mapping[str, str] | None = None) -> ApiError:
+    """503, of what takes no more work and ends what it has."""
+    message = "this server is being restarted; try again"
+    return ApiError(
+        503, message, code="restarting", headers={"Retry-After": str(retry_after_s), **(headers or {})}
+    )
 
 
 def error_body(

@@ -5,7 +5,7 @@ import math
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from pipelines.serve.api_errors import ApiError
+from pipelines.serve.api_errors import ApiError, restarting
 from pipelines.serve.generation_request import GenerationRequest, Limits
 from pipelines.serve.image_plan import ImagePlan, Refusal, plan_images
 from pipelines.serve.messages import Rejected
@@ -36,9 +36,10 @@ def rejected(event: Rejected) -> ApiError:
     """429 or 503 with Retry-After; 504 for what was accepted and came too late."""
     if event.reason == "late":
         return ApiError(504, "the deadline passed before the image was done", code="deadline_missed")
-    retry = {"Retry-After": str(max(1, math.ceil(event.retry_after_s)))}
+    retry_after_s = max(1, math.ceil(event.retry_after_s))
     if event.reason == "draining":
-        return ApiError(503, "this server is being restarted; try again", code="restarting", headers=retry)
+        return restarting(retry_after_s)
+    retry = {"Retry-After": str(retry_after_s)}
     if event.reason == "deadline":
         message = "the deadline cannot be met now; try again later, or allow more time"
         return ApiError(429, message, param="deadline_s", code="deadline_cannot_be_met", headers=retry)

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.serve.api_errors import ApiError, error_response
+from pipelines.serve.api_errors import ApiError, error_response, restarting
 from pipelines.serve.drain import Drain
 from pipelines.serve.keys import ANONYMOUS, KeyRing
 from pipelines.serve.rates import Allowance, OverLimit, Rates, Slot
@@ -124,8 +124,7 @@ class Guard:
         until_answered.enter_context(self.drain.one())
         if works:
             if self.drain.begun:
-                again = {"retry-after": "1", **CLOSE}
-                raise ApiError(503, "this server is ending; try again", code="restarting", headers=again)
+                raise restarting(headers=CLOSE)
             until_answered.enter_context(self._slot(principal, closing))
         return await self._body(receive, most_bytes)
 

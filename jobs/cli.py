@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
     "evaluate by-f": ("jobs.evaluate_by_f", "quality of VAEs over bits per pixel, and their speed"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),
+    "runs": ("jobs.runs", "runs and their figures: list, compare, what was made of what"),
     "plan": ("jobs.plan", "nodes, hours and cost, from measured rates and given prices"),
     "savings": ("jobs.savings", "what latents save over pixels, beside what is usually claimed"),
     "serve": ("jobs.serve", "serve images over HTTP: OpenAI's API, long jobs, and a page"),
@@ -129,10 +130,13 @@ def _load_and_run(command: str, args: Sequence[str]) -> None:
     from importlib import import_module
 
     from jobs.config import job_class, load
+    from jobs.current_run import recorded
 
     module_name, _ = COMMANDS[command]
     config, as_json = load(job_class(import_module(module_name)), command, args)
-    result = config.run()
+    with recorded(command, args, config) as tell:
+        result = config.run()
+        tell(result)
     if as_json:
         from pydantic_core import to_json
 

@@ -10,7 +10,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jobs.current_run import cluster_is_there
 from ldm.errors import UserError
+from pipelines.json_logs import name_records, ray_options
 
 __all__ = ["ClusterConfig", "connected"]
 
@@ -61,12 +63,15 @@ def connected(config: ClusterConfig, *, worker_logs: bool = False, spare_cpus: i
     import ray
 
     if ray.is_initialized():
+        cluster_is_there()
         yield
         return
     _start(config, config.worker_logs or worker_logs, spare_cpus)
     try:
         _keep_quiet()
+        cluster_is_there()
         yield
+        cluster_is_there()  # it may have grown
     finally:
         ray.shutdown()
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
@@ -76,6 +81,9 @@ def _start(config: ClusterConfig, worker_logs: bool, spare_cpus: int) -> None:
     import ray
 
     _drop_token_notice()
+    logs = ray_options()
+    if logs:
+        name_records()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         dashboard_port = _own_dashboard_port()
@@ -88,11 +96,12 @@ def _start(config: ClusterConfig, worker_logs: bool, spare_cpus: int) -> None:
             dashboard_port=dashboard_port,
             logging_level=logging.WARNING,
             log_to_driver=worker_logs,
+            **logs,
         )
         return
     _check_reachable(address)
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_logs)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_logs, **logs)
     except (ConnectionError, TimeoutError) as error:
         raise _unreachable(address, str(error)) from error
 

@@ -114,5 +114,6 @@ def folder_sha256(folder: Path, suffixes: Sequence[str] = (".safetensors", ".jso
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
         digest.update(path.name.encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

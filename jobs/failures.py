@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ldm.errors import LdmError, UserError
 
-__all__ = ["find_user_error", "report"]
+__all__ = ["find_user_error", "report", "summary"]
 
 # What Python prints between an exception and the one raised `from` it.
 _DIRECT_CAUSE = "The above exception was the direct cause of the following exception:"
@@ -27,11 +27,11 @@ def report(prog: str, failure: Exception) -> bool:
         print(f"{prog}: failed: {failure}", file=sys.stderr)
         return False
     traceback.print_exception(failure)
-    print(f"{prog}: failed: {_summary(failure)}", file=sys.stderr)
+    print(f"{prog}: failed: {summary(failure)}", file=sys.stderr)
     return False
 
 
-def _summary(failure: Exception) -> str:
+def summary(failure: BaseException) -> str:
     """One line: the failure itself, or for one of Ray's the remote exception at its root."""
     lines = str(failure).split(_DIRECT_CAUSE)[0].strip().splitlines() or [""]
     return lines[-1] if _is_from_ray(failure) else f"{type(failure).__name__}: {lines[0]}"

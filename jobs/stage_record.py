@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.chain_file import INPUTS, PUBLISHED_WHOLE, Stage
 from jobs.config import JobConfig
+from jobs.run_record import is_of_a_run
 from ldm.errors import LdmError, UserError
 from pipelines.publish import publish
 
@@ -92,7 +93,10 @@ def stage_digest(stage: Stage, config: JobConfig, before: Sequence[str]) -> str:
 
 
 def fingerprint(url: str) -> str:
-    """SHA-256 of a file, or of the names and sizes in a folder; empty for what is not there, or empty."""
+    """SHA-256 of a file, or of the names and sizes in a folder; empty for what is not there, or empty.
+
+    Records of runs are no part of an output: what is done stays done when one appears.
+    """
     from ldm import storage
 
     filesystem, path = storage.filesystem(url)
@@ -100,7 +104,8 @@ def fingerprint(url: str) -> str:
     if filesystem.isfile(path):
         return hashlib.sha256(filesystem.cat_file(path)).hexdigest()
     found = filesystem.find(path, detail=True) if filesystem.exists(path) else {}
-    entries = sorted((name[len(path) :], info["size"]) for name, info in found.items())
+    inside = ((name[len(path) :], info["size"]) for name, info in found.items())
+    entries = sorted(entry for entry in inside if not is_of_a_run(entry[0]))
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest() if entries else ""
 
 

@@ -114,6 +114,7 @@ BAD = [
     ("savings --quantise --vae {no_weights} --page {out}", "has no weights"),
     ("savings --quantise --measured-size-px 100 --page {out}", "multiples of 8"),
     ("savings --quantise --extractor incepton --page {out}", "no feature extractor"),
+    ("runs {empty}", "no runs are recorded beside"),
     ("plan {missing}", "no such plan"),
     ("plan {pictures}/a.png", "give a YAML file"),
     ("sample {missing} --out {out}", "is no checkpoint"),

@@ -1,4 +1,4 @@
-"""What a person watches while a model trains: TensorBoard always, Weights & Biases where it is configured."""
+"""What a person watches while a model trains: TensorBoard, Ray's metrics, W&B where it is configured."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import ray
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from pipelines.train.ray_metrics import RayMetrics
 from pipelines.train.wandb_run import WandbConfig, WandbRun
 
 __all__ = ["TENSORBOARD", "Monitor", "TensorBoard", "monitoring"]
@@ -41,6 +43,8 @@ def monitoring(
         monitors: list[Monitor] = []
         if not dist.is_initialized() or dist.get_rank() == 0:
             monitors.append(TensorBoard(out / TENSORBOARD, start))
+            if ray.is_initialized():
+                monitors.append(RayMetrics(out.name))
             if wandb:
                 monitors.append(WandbRun(wandb, out, settings or {}))
         for monitor in monitors:

@@ -19,6 +19,8 @@ from ldm.errors import UserError
 from pipelines.serve.config import ModelSource, ServeConfig, ServeOptions
 
 if TYPE_CHECKING:
+    from ray.serve.schema import TracingConfig
+
     from pipelines.serve.application import Checked
 
 __all__ = ["ServeJob", "serving"]
@@ -53,12 +55,13 @@ class ServeJob(ServeOptions, JobConfig):  # type: ignore[misc]  # both freeze, a
     def run(self) -> dict[str, object]:
         """Serve; the address, when it is over."""
         from pipelines.serve.application import Checked
+        from pipelines.serve.tracing import tracing_from_environment
 
-        checked = Checked(self.served)
+        checked, tracing = Checked(self.served), tracing_from_environment()
         self._check_open(checked)
         url = f"http://{self.host}:{self.port}"
         front = haproxy(self.cluster) if self.haproxy else nullcontext()
-        with front, serving(checked, self.cluster, self.host, self.port):
+        with front, serving(checked, self.cluster, self.host, self.port, tracing):
             print(f"serving {self.name} at {url} (end it with Ctrl+C)", flush=True)
             _wait_for_signal()
             print("ending what is on its way", flush=True)
@@ -81,7 +84,13 @@ class ServeJob(ServeOptions, JobConfig):  # type: ignore[misc]  # both freeze, a
 
 
 @contextmanager
-def serving(checked: "Checked", cluster: ClusterConfig, host: str, port: int) -> Iterator[None]:
+def serving(
+    checked: "Checked",
+    cluster: ClusterConfig,
+    host: str,
+    port: int,
+    tracing: "TracingConfig | None" = None,
+) -> Iterator[None]:
     """The server is up inside the block, and what is on its way is ended after it.
 
     UserError where the port is taken, or where a stage cannot start.
@@ -92,7 +101,7 @@ def serving(checked: "Checked", cluster: ClusterConfig, host: str, port: int) ->
 
         from pipelines.serve.application import application
 
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options={"host": host, "port": port}, tracing_config=tracing)
         try:
             serve.run(application(checked), name=APPLICATION, route_prefix="/")
             try:

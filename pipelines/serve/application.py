@@ -12,6 +12,7 @@ from ldm.autoencoder import load
 from ldm.cascade import Upsampler
 from ldm.checkpoint import check_vae
 from ldm.model_card import ModelCard, read_card
+from pipelines.json_logs import is_json
 from pipelines.serve.conditioner import Conditioner
 from pipelines.serve.config import ServeConfig, StagePool
 from pipelines.serve.decoder import Decoder
@@ -97,7 +98,7 @@ def _deployment(kind: type, name: str, pool: StagePool) -> Any:
         max_ongoing_requests=pool.max_ongoing,
         graceful_shutdown_timeout_s=DRAIN_S,
         # The ingress has a log of its own, and the stages' calls are in the metrics.
-        logging_config={"enable_access_log": False},
+        logging_config={"enable_access_log": False, "encoding": "JSON" if is_json() else "TEXT"},
         request_router_config=RequestRouterConfig.model_validate({"max_backoff_s": MAX_BACKOFF_S}),
         autoscaling_config=_autoscaling(kind, pool),
     )

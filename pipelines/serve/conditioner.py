@@ -16,6 +16,7 @@ from pipelines.serve.config import StagePool
 from pipelines.serve.device_thread import device_thread
 from pipelines.serve.messages import Condition
 from pipelines.serve.stage_metrics import StageMetrics
+from pipelines.serve.tracing import current_span, describe
 from pipelines.serve.work_left import WorkMeter
 
 __all__ = ["Conditioner"]
@@ -36,10 +37,15 @@ class Conditioner:
 
     async def encode(self, model: str, texts: Sequence[str]) -> list[Condition] | str:
         """A condition for each text; or what is wrong with one of them."""
-        work = self.meter.begin(len(texts))
+        work, span, asked = self.meter.begin(len(texts)), current_span(), time.perf_counter()
         loop = asyncio.get_running_loop()
+
+        def call() -> list[Condition]:
+            describe(span, texts=len(texts), queue_s=time.perf_counter() - asked)
+            return self._encode(model, texts)
+
         try:
-            return await loop.run_in_executor(self.thread, self._encode, model, texts)
+            return await loop.run_in_executor(self.thread, call)
         except (BadSampleError, UserError) as error:
             return str(error)
         finally:

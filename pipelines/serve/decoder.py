@@ -29,6 +29,7 @@ from pipelines.serve.image_files import CONTENT_TYPES, encode_image, reencode
 from pipelines.serve.job_store import JobStore
 from pipelines.serve.messages import DecodeRequest, Paste
 from pipelines.serve.stage_metrics import StageMetrics
+from pipelines.serve.tracing import current_span, describe
 from pipelines.serve.work_left import WorkMeter
 
 __all__ = ["Decoder"]
@@ -89,7 +90,7 @@ class Decoder:
         return latent_Chw[0].numel() * self.cards[request.model].f ** 2
 
     async def _in_turn(self, pixels: int, call: Callable[[], Result]) -> Result:
-        work = self.meter.begin(pixels)
+        work, span, asked = self.meter.begin(pixels), current_span(), time.perf_counter()
 
         def measured() -> Result:
             started = time.perf_counter()
@@ -97,6 +98,7 @@ class Decoder:
             seconds = time.perf_counter() - started
             self.meter.measured(pixels, seconds)
             self.metrics.done(seconds)
+            describe(span, pixels=pixels, queue_s=started - asked, work_s=seconds)
             return result
 
         try:

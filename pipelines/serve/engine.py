@@ -203,7 +203,7 @@ class Engine:
         now = self._clock()
         for ticket in batch:
             if ticket.steps_taken == 0:
-                self._observer.started(waited_s=now - ticket.accepted_at)
+                self._observer.started(waited_s=ticket.begin(now))
         outcome = await self._in_thread(self._call, batch)
         for ticket in batch:
             error = outcome.failures.get(ticket)
@@ -260,6 +260,8 @@ class Engine:
                 failures |= self._advance([ticket])
             return failures
         rows = _rows(able)
+        for ticket in able:
+            ticket.rows_shared += rows
         seconds = self._clock() - started
         self._costs.observe(able[0].work.shape, rows, seconds)
         room = self._costs.best_rows(able[0].work.shape)

@@ -77,7 +77,14 @@ class Ingress:
 
 def api(server: Server) -> ASGIApp:
     """Everything behind its guard."""
-    app = FastAPI(title="ray-ldm", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json")
+    app = FastAPI(
+        title="ray-ldm",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+        # Its own spans begin a trace anew; see `pipelines.serve.tracing`.
+        telemetry={"tracing": False},
+    )
     api_errors.install(app)
     for routes in (image_routes(server), job_routes(server), model_routes(server)):
         app.include_router(routes)

@@ -16,6 +16,7 @@ from pipelines.serve.image_plan import ImagePlan, Refusal, plan_images
 from pipelines.serve.job_store import JobFinished, JobNotFound, JobRecord, JobStore
 from pipelines.serve.messages import Rejected
 from pipelines.serve.stages import StageFailed, Stages
+from pipelines.serve.tracing import job_span
 
 __all__ = ["JobRunner"]
 
@@ -88,7 +89,8 @@ class JobRunner:
             if record.attempts > MAX_ATTEMPTS:
                 await self._put(record, status="failed", error=f"tried {MAX_ATTEMPTS} times")
                 return
-            await self._image(record, self._plan(record))
+            with job_span(record.id):
+                await self._image(record, self._plan(record))
         except (StageFailed, Refusal, LdmError) as error:
             if not isinstance(error, JobFinished | JobNotFound):
                 await self._put(record, status="failed", error=str(error))

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serve.api_errors import failure_response
+from pipelines.serve.tracing import describe, request_span
 
 __all__ = ["Identified", "RequestIdFilter", "request_id"]
 
@@ -60,12 +61,14 @@ class Identified:
         self.app, self.echoes_id = app, echoes_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
-        reply = _Reply(send, _accepted_or_new(Headers(scope=scope).get(HEADER)), self.echoes_id)
+        started, headers = time.perf_counter(), Headers(scope=scope)
+        reply = _Reply(send, _accepted_or_new(headers.get(HEADER)), self.echoes_id)
         scope.setdefault("state", {})["request_id"] = reply.request_id
         token = request_id.set(reply.request_id)
         try:
-            await self.app(scope, receive, reply.send)
+            with request_span(scope["method"], _told_path(scope), headers, reply.request_id) as span:
+                await self.app(scope, receive, reply.send)
+                describe(span, status=reply.status or NOT_ANSWERED)
         except Exception:
             log.exception("%s %s failed", scope["method"], _told_path(scope))
             if reply.status is None:

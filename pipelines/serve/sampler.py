@@ -15,6 +15,7 @@ from pipelines.serve.loaded_model import LoadedModel
 from pipelines.serve.messages import Accepted, Progress, Rejected, Sampled, SampleEvent, SampleRequest
 from pipelines.serve.stage_metrics import SamplerMetrics
 from pipelines.serve.tickets import Refused, Ticket, TooLate
+from pipelines.serve.tracing import current_span, describe
 from pipelines.serve.work_left import SECONDS_LEFT, SECONDS_PER_REQUEST
 
 __all__ = ["Sampler"]
@@ -49,7 +50,7 @@ class Sampler:
 
         Whoever stops listening has cancelled.
         """
-        model = await self._load(request.model)
+        span, model = current_span(), await self._load(request.model)
         deadline_s = None if request.deadline is None else request.deadline - time.time()
         try:
             ticket = await model.engine.submit(model.work(request, deadline_s))
@@ -62,6 +63,13 @@ class Sampler:
                 yield event
         finally:
             ticket.cancel()
+            describe(
+                span,
+                model=request.model,
+                steps=ticket.steps_taken,
+                queue_s=ticket.waited_s,
+                batch_rows=ticket.rows_shared / max(1, ticket.steps_taken),
+            )
 
     async def check_health(self) -> None:
         """Ray Serve starts another replica where this raises: an engine has ended."""

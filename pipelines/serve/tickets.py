@@ -80,7 +80,10 @@ class Observer:
 
 @dataclass(eq=False)
 class Ticket:
-    """An accepted request. ``done``: its latent (C, H, W), or why there is none."""
+    """An accepted request. ``done``: its latent (C, H, W), or why there is none.
+
+    waited_s: until its first step; rows_shared: sum of the rows of all calls that it was in.
+    """
 
     work: Work
     accepted_at: float
@@ -89,6 +92,8 @@ class Ticket:
     done: "asyncio.Future[Tensor]"
     trajectory: Trajectory | None = None
     steps_taken: int = 0
+    waited_s: float = 0.0
+    rows_shared: int = 0
     _latest: Update | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -101,6 +106,11 @@ class Ticket:
         """After the step that is being taken."""
         every, step = self.work.preview_every, self.steps_taken + 1
         return bool(every) and step % every == 0 and step < self.work.num_steps
+
+    def begin(self, now: float) -> float:
+        """Its first step is about to be taken; returns how long it waited for that, in seconds."""
+        self.waited_s = now - self.accepted_at
+        return self.waited_s
 
     def cancel(self) -> None:
         """No step is taken for it beyond the one that runs; nothing happens if it is done."""

@@ -19,6 +19,7 @@ from pipelines.serve.config import UpsamplerStage
 from pipelines.serve.device_thread import device_thread
 from pipelines.serve.messages import Progress, UpsampleRequest
 from pipelines.serve.stage_metrics import StageMetrics
+from pipelines.serve.tracing import current_span, describe
 from pipelines.serve.work_left import WorkMeter
 
 __all__ = ["UpsamplerReplica"]
@@ -56,9 +57,10 @@ class UpsamplerReplica:
         """
         low, factor = torch.tensor(low_Chw), self.upsampler.factor
         units = low[0].numel() * factor**2 * self.stage.steps
-        work = self.meter.begin(units)
+        work, span, asked = self.meter.begin(units), current_span(), time.perf_counter()
         try:
             async with self.turn:
+                describe(span, steps=self.stage.steps, queue_s=time.perf_counter() - asked)
                 upsampling = Upsampling(low, self.upsampler, self._sampling(request), self.number)
                 trajectory = upsampling.trajectory
                 while not trajectory.done:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from openai import APIStatusError, OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from ray.serve.schema import TracingConfig
 from torch import Tensor
 
 from ldm import autoencoder, checkpoint, unet
@@ -33,6 +34,7 @@ from pipelines.serve.config import (
     UpsamplerStage,
 )
 from pipelines.serve.generation_request import Limits
+from tests.pipelines.serve.span_files import Span, spans_of
 
 # The server runs in other processes, which the shared cluster keeps; nothing of theirs ends here.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -70,7 +72,9 @@ def server_url(ray_cluster: None, served_config: ServeConfig) -> Iterator[str]:
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
-    with serving(Checked(served_config), ClusterConfig(), "127.0.0.1", port):
+    # Only what a client asks to be traced is.
+    tracing = TracingConfig(enabled=True, sampling_ratio=0.0)
+    with serving(Checked(served_config), ClusterConfig(), "127.0.0.1", port, tracing):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -321,6 +325,51 @@ def test_metrics_are_what_prometheus_reads(http: httpx.Client, client: OpenAI) -
     wanted = {"step_seconds_count", "queue_seconds_count", "batch_fill_count", "stage_seconds_count"}
     prefix = "ray_ldm_serve_"
     _wait_for(lambda: {prefix + name for name in wanted} <= _samples(http, prefix).keys())
+
+
+TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+def test_a_trace_goes_on_through_all_stages(http: httpx.Client) -> None:
+    """From the client's span: ingress, sampler, upsampler, decoder, each below the one that asked it."""
+    body = {"prompt": "cat", "seed": 40, "num_inference_steps": 6, "upscale_to": 64}
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-01", "x-request-id": "traced"}
+    assert http.post("/v1/images/generations", json=body, headers=headers).status_code == 200
+    stages = {"ingress", "sampler", "upsampler-1", "decoder"}
+    _wait_for(lambda: stages <= {span.stage for span in spans_of(TRACE)})
+    spans = {span.id: span for span in spans_of(TRACE)}
+    assert {span.attributes["request_id"] for span in spans.values()} == {"traced"}
+
+    def stages_above(span: Span) -> list[str]:
+        """That had the request before, nearest first; the client at the end."""
+        if span.parent_id == CALLER:
+            return ["client"]
+        above = spans[span.parent_id]
+        return [*([above.stage] if above.stage else []), *stages_above(above)]
+
+    found = {span.stage: span for span in spans.values() if span.stage}
+    assert {name: stages_above(span) for name, span in found.items()} == {
+        "ingress": ["client"],
+        "sampler": ["ingress", "client"],
+        "upsampler-1": ["ingress", "client"],
+        "decoder": ["ingress", "client"],
+    }
+    assert found["ingress"].ours == {"status": 200}
+    sampler, upsampler, decoder = (found[name].ours for name in ("sampler", "upsampler-1", "decoder"))
+    assert (sampler["steps"], sampler["batch_rows"], sampler["model"]) == (6, 2, "v_prediction")
+    assert (upsampler["steps"], decoder["pixels"]) == (4, 64 * 64)
+    assert all(stage["queue_s"] >= 0 for stage in (sampler, upsampler, decoder))
+
+
+def test_what_no_client_asks_for_is_not_traced(http: httpx.Client) -> None:
+    other = TRACE[::-1]
+    for flags in ("00", None):
+        headers = {"x-request-id": "not-traced"}
+        headers |= {"traceparent": f"00-{other}-{CALLER}-{flags}"} if flags else {}
+        answer = http.post("/v1/images/generations", json={"num_inference_steps": 2}, headers=headers)
+        assert answer.status_code == 200
+    assert spans_of(other) == []
+    assert "not-traced" not in {span.attributes.get("request_id") for span in spans_of(None)}
 
 
 def test_whoever_leaves_has_cancelled(http: httpx.Client) -> None:

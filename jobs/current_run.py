@@ -81,7 +81,9 @@ class CurrentRun:
         if not self._has_begun:  # as one without a cluster
             inputs = tuple(_inputs(self._config, self._stage))
             self._change(machine=run_facts.machine(), inputs=inputs)
-        self._change(**changes, outputs=tuple(_found([self.record.output], identify)))
+        if failure is None:  # else whoever waits for the end need not wait for a store that may be gone
+            changes["outputs"] = tuple(_found([self.record.output], identify))
+        self._change(**changes)
         LOG.info("%s is %s after %.1f s", self.record.command, self.record.status, self.record.seconds)
         write_record(self.record)
 

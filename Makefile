@@ -4,8 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+AUDIT := .venv-audit/bin
+AUDIT_INSTALLED := .venv-audit/.installed
+SBOM := out/sbom.json
 
-.PHONY: demo test chromium test-faults test-docs docs lint venv clean
+.PHONY: demo test chromium test-faults test-docs docs lint venv sbom audit clean
 
 demo: $(INSTALLED)
 	$(BIN)/ldm demo out/demo
@@ -36,6 +39,19 @@ lint: $(INSTALLED)
 
 venv: $(INSTALLED)
 
+# What is installed in .venv, as a bill of materials (CycloneDX).
+sbom: $(INSTALLED) $(AUDIT_INSTALLED)
+	@mkdir -p $(dir $(SBOM))
+	@$(AUDIT)/cyclonedx-py environment --output-reproducible --output-format JSON --output-file $(SBOM) $(BIN)/python
+	@echo "bill of materials: $(SBOM)"
+
+# Known weaknesses of what is installed in .venv, as https://api.osv.dev has them.
+audit: $(INSTALLED) $(AUDIT_INSTALLED)
+	@curl --silent --show-error --fail --max-time 20 --output /dev/null https://api.osv.dev/v1/vulns/PYSEC-2021-142 2>/dev/null || \
+		{ echo "error: nothing was audited: https://api.osv.dev cannot be reached from here; run it where it can" >&2; exit 1; }
+	@$(AUDIT)/pip-audit --vulnerability-service osv --skip-editable --progress-spinner off \
+		--path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 # Where Python comes without ensurepip (Debian's without python3-venv), the interpreter's own pip
 # puts one into the environment. The stamp is written last, so a broken install is done again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -47,6 +63,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 		-c constraints.txt -e '.[demo,text,dev]'
 	@touch $@
 
+# The tools of sbom and audit have an environment of their own, so that neither lists itself. They are the extra `audit`.
+$(AUDIT_INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv-audit >/dev/null 2>&1 || \
+		{ $(PYTHON) -m venv --clear --without-pip .venv-audit && $(PYTHON) -m pip --python .venv-audit install --quiet pip; }
+	@$(AUDIT)/python -c 'import pathlib, tomllib; print(*tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["optional-dependencies"]["audit"], sep="\n")' | \
+		$(AUDIT)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -r /dev/stdin
+	@touch $@
+
 clean:
-	rm -rf .venv build out/demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-audit build out/demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

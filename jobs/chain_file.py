@@ -16,6 +16,7 @@ RECORDS: Mapping[str, str] = {
     "encode": "{output}/stats.json",
     "train": "{out}/ldm.json",
     "train-vae": "{out}/metrics.json",
+    "generate": "{out}/generate.yaml",
     "evaluate recon": "{page}",
     "evaluate by-f": "{page}",
     "evaluate samples": "{page}",

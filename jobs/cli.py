@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "savings": ("jobs.savings", "what latents save over pixels, beside what is usually claimed"),
     "serve": ("jobs.serve", "serve images over HTTP: OpenAI's API, long jobs, and a page"),
     "sample": ("jobs.sample", "generate images from a checkpoint"),
+    "generate": ("jobs.generate", "make a dataset of images with a checkpoint: tars with labels"),
     "upscale": ("jobs.upscale", "enlarge an image or a latent with a cascade of upsamplers"),
     "interpolate": ("jobs.interpolate", "images on the way between two images, latents or seeds"),
     "edit": ("jobs.edit", "change an image: noise and denoise it, or add a direction"),

@@ -20,7 +20,7 @@ from pydantic_settings.sources import DefaultSettingsSource
 from jobs.option_errors import explained
 from jobs.option_sources import OptionSource, command_line, environment, yaml_file
 
-__all__ = ["JobConfig", "Section", "build", "job_class", "load", "save_resolved"]
+__all__ = ["JobConfig", "Section", "build", "job_class", "load", "resolved", "save_resolved"]
 
 
 class Section(BaseModel):
@@ -95,13 +95,15 @@ def build(job: type[Job], sources: Sequence[OptionSource]) -> Job:
         raise explained(error, job, sources) from error
 
 
-def save_resolved(config: BaseModel, path: str | os.PathLike[str]) -> None:
-    """Write every option of ``config``, defaults included, as YAML that ``--config`` reads again.
+def resolved(config: BaseModel) -> str:
+    """Every option of ``config``, defaults included, as YAML that ``--config`` reads again; secrets masked."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    Secrets are masked. The file appears in one step: a reader sees the old one or the whole new one.
-    """
+
+def save_resolved(config: BaseModel, path: str | os.PathLike[str]) -> None:
+    """Write `resolved` into a file that appears in one step: a reader sees the old one or the whole new one."""
     target = Path(path)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = resolved(config)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from ldm.bootstrap import BootstrapConfig
 from ldm.errors import UserError
 from ldm.preprocess import Preprocess
 from pipelines.evaluate.pool import EvaluatePool
-from pipelines.generate import GeneratePools, Request, check
+from pipelines.generate import GeneratePools, Request, check, scheduler_of
 
 if TYPE_CHECKING:
     from ldm.checkpoint import CheckpointInfo
@@ -104,11 +104,7 @@ class EvaluateSamplesJob(JobConfig):
 
     def _requests(self, info: "CheckpointInfo") -> list[Request]:
         """One for every image, at the first point of the sweep."""
-        from ldm.checkpoint import read_scheduler_config
-        from ldm.objective import kind_of
-        from ldm.schedulers import default_scheduler
-
-        scheduler = self.scheduler or default_scheduler(kind_of(read_scheduler_config(self.checkpoint)))
+        scheduler = scheduler_of(self.checkpoint, self.scheduler)
         if not info.class_names and any(guidance != 1 for guidance in self.guidance):
             raise UserError(
                 f"guidance {max(self.guidance):g} for a model without classes", do="leave --guidance out"

@@ -39,7 +39,11 @@ def svg_of_line(x: list[float], y: list[float], x_label: str, y_label: str, *, s
 
 
 def svg_url(figure: "Figure") -> str:
-    """A drawing, as a data URL."""
+    """A drawing, as a data URL; equal drawings are equal bytes."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
+    # matplotlib would write the time, and names for parts that are new in every process.
+    with matplotlib.rc_context({"svg.hashsalt": "ray-ldm"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return data_url(buffer.getvalue(), "image/svg+xml")

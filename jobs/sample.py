@@ -8,8 +8,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig, save_resolved
-from ldm.errors import UserError
-from pipelines.generate import GeneratePools, Request, check, generate
+from pipelines.generate import GeneratePools, Request, check, generate, labels_of, scheduler_of
 
 __all__ = ["SampleJob"]
 
@@ -56,22 +55,11 @@ class SampleJob(JobConfig):
 
     def _requests(self) -> tuple[list[str], list[Request]]:
         """File name stem and request of each image."""
-        from ldm.checkpoint import read_info, read_scheduler_config
-        from ldm.conditioning import ClassConditioner
-        from ldm.objective import kind_of
-        from ldm.schedulers import default_scheduler
+        from ldm.checkpoint import read_info
 
         info = read_info(self.checkpoint)
-        scheduler = self.scheduler or default_scheduler(kind_of(read_scheduler_config(self.checkpoint)))
-        labels: list[int | None] = [None]
-        if info.class_names:
-            encoded = ClassConditioner(info.class_names).encode(self.classes or info.class_names).class_labels
-            assert encoded is not None
-            labels = list(encoded.tolist())
-        elif self.classes:
-            raise UserError(
-                f"class {self.classes[0]!r} for a model without classes", do="leave --classes out"
-            )
+        scheduler = scheduler_of(self.checkpoint, self.scheduler)
+        labels = labels_of(info, self.classes)
         requests = [
             Request(label, self.seed + i, self.guidance if info.class_names else 1.0, self.steps, scheduler)
             for label in labels

@@ -76,11 +76,9 @@ def write_page(
 
 def plot(points: "Sequence[SweepPoint]") -> str:
     """FID, KID, and recall over precision: one line per number of steps; an SVG as a data URL."""
-    import io
-
     from matplotlib.figure import Figure
 
-    from jobs.pages import data_url
+    from jobs.pages import svg_url
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     fid, kid, coverage = figure.subplots(1, 3)
@@ -102,9 +100,7 @@ def plot(points: "Sequence[SweepPoint]") -> str:
     figure.legend(*fid.get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
     for axes in (fid, kid, coverage):
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return data_url(buffer.getvalue(), "image/svg+xml")
+    return svg_url(figure)
 
 
 def _curve(

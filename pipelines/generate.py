@@ -3,6 +3,7 @@
 The two stages are Ray Data actor pools, so the U-Net and the VAE scale and take devices apart.
 """
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -20,11 +21,24 @@ from ldm.autoencoder import load
 from ldm.conditioning import ClassConditioner, Conditioning
 from ldm.errors import UserError
 from ldm.image_tensors import from_model
+from ldm.objective import kind_of
 from ldm.sampling import MAX_SEED, Trajectory, sample
+from ldm.schedulers import default_scheduler
 from pipelines.device import pick_device
 from pipelines.vae_source import on_every_node
 
-__all__ = ["GeneratePools", "Generated", "Pool", "Request", "check", "generate"]
+__all__ = [
+    "Decoder",
+    "GeneratePools",
+    "Generated",
+    "Pool",
+    "Request",
+    "Sampler",
+    "check",
+    "generate",
+    "labels_of",
+    "scheduler_of",
+]
 
 Columns = dict[str, NDArray[Any]]
 
@@ -39,6 +53,11 @@ class Pool(BaseModel):
     num_cpus: PositiveFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     threads: PositiveInt | None = Field(None, description="torch threads per actor; default: Ray's choice")
+
+    @property
+    def fixed_threads(self) -> int:
+        """``threads``, else one for each CPU: their number changes the last bits of a sum."""
+        return self.threads or max(1, math.floor(self.num_cpus))
 
 
 class GeneratePools(BaseModel):
@@ -131,17 +150,40 @@ def _place(device: torch.device) -> str:
     return f"process {os.getpid()} on {platform.node()} ({device})"
 
 
+def labels_of(info: checkpoint.CheckpointInfo, classes: Sequence[str]) -> list[int | None]:
+    """Indices of ``classes``, names or indices, of all where there are none; [None] of a model without.
+
+    UserError for a class that the model does not have.
+    """
+    if info.class_names:
+        encoded = ClassConditioner(info.class_names).encode(classes or info.class_names).class_labels
+        assert encoded is not None
+        return list(encoded.tolist())
+    if classes:
+        raise UserError(f"class {classes[0]!r} for a model without classes", do="leave --classes out")
+    return [None]
+
+
+def scheduler_of(folder: Path, name: str) -> str:
+    """``name``, or where it is empty what a checkpoint's kind is usually sampled with."""
+    return name or default_scheduler(kind_of(checkpoint.read_scheduler_config(folder)))
+
+
 def check(folder: Path, requests: Sequence[Request], vae: str | None) -> str:
     """Check everything before Ray is started; returns the VAE to decode with.
 
-    UserError for a folder that is no checkpoint, or an upsampler's; another VAE; a request that cannot be
-    served.
+    UserError for a folder that is no checkpoint, an upsampler's, or one that takes texts; another VAE; a
+    request that cannot be served.
     """
     info, scheduler_config = checkpoint.read_info(folder), checkpoint.read_scheduler_config(folder)
     if info.upsampling_factor is not None:
         raise UserError(
             f"{folder} is an upsampler, which cannot be sampled alone",
             do=f"enlarge something with it: ldm upscale INPUT OUT --stages {folder}",
+        )
+    if info.embedding_width is not None:
+        raise UserError(
+            f"{folder} is conditioned on text, and this takes classes only", do=f"serve it: ldm serve {folder}"
         )
     unet.load(folder)
     chosen = vae or info.vae

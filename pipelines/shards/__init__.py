@@ -9,7 +9,7 @@ from pipelines.shards.listing import list_shards
 from pipelines.shards.reading import read_samples
 from pipelines.shards.sample import Sample
 from pipelines.shards.shard import Shard
-from pipelines.shards.tar import write_tar
+from pipelines.shards.tar import tar_bytes, write_tar
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -18,5 +18,6 @@ __all__ = [
     "Shard",
     "list_shards",
     "read_samples",
+    "tar_bytes",
     "write_tar",
 ]

@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from ldm import storage
 from ldm.errors import BadSampleError
@@ -20,7 +20,7 @@ from pipelines.shards.sample import Sample, with_named_fields
 from pipelines.shards.shard import Shard
 from pipelines.shards.tar_stream import TarMember, TarStream
 
-__all__ = ["TAR_SUFFIXES", "read_tar", "write_tar"]
+__all__ = ["TAR_SUFFIXES", "read_tar", "tar_bytes", "write_tar"]
 
 TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -53,8 +53,22 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> int:
     Appears under its name only when it is whole.
     """
     partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        count = _write(stream, samples)
+    partial.replace(path)
+    return count
+
+
+def tar_bytes(samples: Iterable[Sample]) -> bytes:
+    """What `write_tar` writes, in memory: for a store without renaming."""
+    stream = io.BytesIO()
+    _write(stream, samples)
+    return stream.getvalue()
+
+
+def _write(stream: IO[bytes], samples: Iterable[Sample]) -> int:
     count = 0
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for sample in samples:
             members = {_image_extension(sample.image): sample.image} if sample.image else {}
             for extension, data in sorted({**members, **sample.fields}.items()):
@@ -62,7 +76,6 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> int:
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
             count += 1
-    partial.replace(path)
     return count
 
 

@@ -1,8 +1,7 @@
 """Training jobs as processes with a cluster of their own, and SIGKILL for their parts."""
 
+import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -79,9 +78,14 @@ def kill_driver(process: "subprocess.Popen[str]") -> None:
 
 def kill_everything(process: "subprocess.Popen[str]") -> None:
     """Driver, raylet, GCS and workers, at one moment."""
-    members = [*family(process), psutil.Process(process.pid)]
-    for member in members:
-        os.kill(member.pid, signal.SIGSTOP)
-    for member in members:
-        member.kill()
+    root, stopped = psutil.Process(process.pid), set[psutil.Process]()
+    # What is stopped starts nothing more: another look finds what was started during the one before.
+    while starting := {root, *family(process)} - stopped:
+        for member in starting:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
+        stopped |= starting
+    for member in stopped:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.communicate(timeout=60)

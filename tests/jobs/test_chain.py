@@ -1,11 +1,6 @@
 """``ldm chain`` on this machine: what runs, what is skipped, what is refused."""
 
-import contextlib
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,71 +166,3 @@ def test_a_new_shard_makes_an_encoded_dataset_incomplete(
     after = stage_digest(encode, config, [])
     assert after != before
     assert records.left_by(encode, after) is None
-
-
-@pytest.mark.faults_long
-@pytest.mark.timeout(1800)
-def test_a_chain_killed_in_every_stage_is_the_undisturbed_one(
-    tmp_path: Path, photos: Path, vae_folder: Path
-) -> None:
-    """SIGKILL of everything while a stage runs: again, only what is missing is done, to the same weights."""
-    killed = [start_and_kill(tmp_path, photos, vae_folder, stage) for stage in ("shards", "encode", "train")]
-    path = tmp_path / "killed.yaml"
-    assert killed == [0, 1, 2]  # stages that were complete when it was killed
-    assert run(path) == {"shards": "complete", "encode": "complete", "train": "done"}
-    assert run(path) == {"shards": "complete", "encode": "complete", "train": "complete"}
-    whole = three_stages(tmp_path, photos, vae_folder, "whole")
-    assert run(whole) == {"shards": "done", "encode": "done", "train": "done"}
-    weights = "model/unet/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
-
-
-def three_stages(tmp_path: Path, photos: Path, vae: Path, name: str) -> Path:
-    root = tmp_path / name
-    cluster = {"num_cpus": 4}
-    training = {
-        "preset": "tiny", "batch_size": 4, "steps": 120, "checkpoint_every": 10, "log_every": 10,
-        "warmup_steps": 10, "threads": 1, "samples": {"num_images": 0}, "data": {"validation_rows": 0},
-    }  # fmt: skip
-    stages = [
-        pack(photos, root / "shards", crop_px=32, crops_per_image=3000),
-        {"name": "encode", "command": "encode", "options": {
-            "input": str(root / "shards"), "output": str(root / "latents"), "vae": str(vae), "unit_size": 64,
-            "preprocess": {"sizes_px": [32]}, "cluster": cluster}},
-        {"name": "train", "command": "train", "options": {
-            "dataset": str(root / "latents"), "out": str(root / "model"), "train": training,
-            "cluster": cluster}},
-    ]  # fmt: skip
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({"state": str(root / "state"), "stages": stages}))
-    return path
-
-
-def start_and_kill(tmp_path: Path, photos: Path, vae: Path, stage: str) -> int:
-    """Run the chain, kill all of it while that stage runs; returns how many stages were complete."""
-    import psutil
-
-    root = tmp_path / "killed"
-    is_at_work: dict[str, Callable[[], object]] = {
-        "shards": lambda: [*root.glob(".shards.*/shards/*.tar")],
-        "encode": lambda: len([*root.glob("latents/commits/*.json")]) > 5,
-        "train": lambda: [*root.glob("model/snapshots/*")],
-    }
-    path = three_stages(tmp_path, photos, vae, "killed")
-    with subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "chain", str(path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            deadline_s = time.monotonic() + 400
-            while not is_at_work[stage]():
-                assert process.poll() is None, "it ended before it was killed"
-                assert time.monotonic() < deadline_s, "no progress"
-                time.sleep(0.02)
-        finally:
-            members = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-            for number in (signal.SIGSTOP, signal.SIGKILL):
-                for member in members:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        member.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-    return output.count(": complete") + output.count(": done")

@@ -15,6 +15,7 @@ from jobs import cli
 from jobs.chain_file import read_chain
 from jobs.encode import EncodeJob
 from jobs.evaluate_samples import EvaluateSamplesJob
+from jobs.generate import GenerateJob
 from jobs.job_file import END_OF_OPTIONS, JobFile, command_line, read_job
 from jobs.job_server import JobServer, asks_for_token, is_loopback
 from jobs.ray_token import find_token
@@ -29,6 +30,7 @@ READY_JOBS = {
     "train-upsampler": TrainJob,
     "finetune-vae": TrainVaeJob,
     "evaluate-samples": EvaluateSamplesJob,
+    "generate": GenerateJob,
 }
 SECRET = "hf_0123456789"
 

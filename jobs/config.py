@@ -96,12 +96,12 @@ def build(job: type[Job], sources: Sequence[OptionSource]) -> Job:
 
 
 def resolved(config: BaseModel) -> str:
-    """Every option of ``config``, defaults included, as YAML that ``--config`` reads again; secrets masked."""
+    """Every option of ``config``, defaults included, as YAML for ``--config``; secrets are masked."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def save_resolved(config: BaseModel, path: str | os.PathLike[str]) -> None:
-    """Write `resolved` into a file that appears in one step: a reader sees the old one or the whole new one."""
+    """Write `resolved` in one step: a reader sees the old file or the whole new one."""
     target = Path(path)
     text = resolved(config)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,8 @@ def check(folder: Path, requests: Sequence[Request], vae: str | None) -> str:
         )
     if info.embedding_width is not None:
         raise UserError(
-            f"{folder} is conditioned on text, and this takes classes only", do=f"serve it: ldm serve {folder}"
+            f"{folder} is conditioned on text, not on classes",
+            do=f"serve it: ldm serve {folder}",
         )
     unet.load(folder)
     chosen = vae or info.vae

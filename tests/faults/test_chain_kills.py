@@ -20,13 +20,13 @@ import yaml
 from pipelines.train.snapshots import SNAPSHOTS, find_snapshot
 from tests.faults.killed_jobs import kill_everything
 
-pytestmark = [pytest.mark.faults_long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.faults_long, pytest.mark.timeout(3000)]
 
 STAGES = ("encode", "train", "evaluate", "deploy")
 READY = "(end it with Ctrl+C)"
 CLUSTER = {"num_cpus": 4}
 SMALL = {"num_cpus": 0.5, "threads": 1}
-PROGRESS_S, END_S = 400, 120
+PROGRESS_S, END_S = 600, 300
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Started:
 
     def states(self) -> list[str]:
         """Stages that are over, with their state, as it prints them."""
-        return re.findall(rf"^(?:{'|'.join(STAGES)}|shards): (?:complete|done)$", self.printed(), re.MULTILINE)
+        return re.findall(
+            rf"^(?:{'|'.join(STAGES)}|shards): (?:complete|done)$", self.printed(), re.MULTILINE
+        )
 
     def wait_until(self, holds: Callable[[], object]) -> None:
         deadline_s = time.monotonic() + PROGRESS_S
@@ -164,16 +166,16 @@ def test_killed_in_every_stage(photos: Path, vae_folder: Path, tmp_path: Path) -
 def four_stages(folder: Path, photos: Path, vae: Path) -> Path:
     """A chain that reads SHARDS and HELD_OUT in ``folder`` and writes below its ``chain``."""
     root, shards, held_out = folder / "chain", folder / "SHARDS", folder / "HELD_OUT"
-    for name, out, crops_per_image in (("many", shards, 1500), ("few", held_out, 12)):
+    for name, out, crops_per_image in (("many", shards, 500), ("few", held_out, 12)):
         run(write_chain(folder / f"{name}.yaml", folder / name, pack(photos, out, crops_per_image)))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
     training = {
-        "preset": "tiny", "batch_size": 4, "steps": 120, "checkpoint_every": 10, "log_every": 10,
+        "preset": "tiny", "batch_size": 4, "steps": 60, "checkpoint_every": 20, "log_every": 10,
         "warmup_steps": 10, "threads": 1, "samples": {"num_images": 0}, "data": {"validation_rows": 0},
     }  # fmt: skip
     encode = {
-        "input": str(shards), "output": str(root / "latents"), "vae": str(vae), "unit_size": 64,
+        "input": str(shards), "output": str(root / "latents"), "vae": str(vae), "unit_size": 32,
         "preprocess": {"sizes_px": [32]}, "cluster": CLUSTER,
     }  # fmt: skip
     train = {

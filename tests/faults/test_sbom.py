@@ -26,7 +26,9 @@ def test_the_bill_lists_what_is_installed_in_the_pinned_versions(tmp_path: Path)
     installed = {canonical(part.name): part.version for part in distributions()}
     assert listed == installed
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [match for line in lines if (match := re.match(r"([\w.-]+)==([^;\s]+)(; python_version.*)?$", line))]
+    pins = [
+        match for line in lines if (match := re.match(r"([\w.-]+)==([^;\s]+)(; python_version.*)?$", line))
+    ]
     wanted = {canonical(pin[1]): pin[2] for pin in pins if pin[3] is None}
     assert len(listed.keys() & wanted.keys()) > 150
     assert {name: version for name, version in listed.items() if wanted.get(name, version) != version} == {}

@@ -1,4 +1,4 @@
-"""``ldm generate``: every image is that of its request, units are made once, and again with the same bytes."""
+"""``ldm generate``: every image is that of its request, a tar is made once, and again with the same bytes."""
 
 import json
 from pathlib import Path

@@ -143,9 +143,13 @@ def write_units(
     import ray
 
     dataset = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
-    sampled = _through(dataset, UnitSampler, (folder.absolute(), plan, pools.sampler), pools.sampler)
-    arguments = (on_every_node(vae), info, plan, pools.decoder, shards)
-    written = _through(sampled, UnitWriter, arguments, pools.decoder)
+    # Of actors without a unit Ray Data would warn.
+    sampler, decoder = (
+        pool.model_copy(update={"size": min(pool.size, len(units))})
+        for pool in (pools.sampler, pools.decoder)
+    )
+    sampled = _through(dataset, UnitSampler, (folder.absolute(), plan, sampler), sampler)
+    written = _through(sampled, UnitWriter, (on_every_node(vae), info, plan, decoder, shards), decoder)
     for table in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from table["images"].to_pylist()
 

@@ -126,7 +126,7 @@ BAD = [
     ("sample {checkpoint} --out {out} --scheduler flow_euler", "cannot sample a ddpm model"),
     ("sample {checkpoint} --out {out} --steps 1001", "1001 inference steps"),
     ("generate {missing} {out} --num-images 4", "is no checkpoint"),
-    ("generate {checkpoint} {out}", "num_images is missing"),
+    ("generate {checkpoint} {out}", "--num-images is missing"),
     ("generate {checkpoint} {photos} --num-images 4", "is there already"),
     ("generate {checkpoint} {file} --num-images 4", "is there already"),
     ("generate {checkpoint} {out} --num-images 4 --classes cta", "unknown class 'cta'"),

@@ -27,7 +27,7 @@ from pipelines.train.state import TrainState, trained_weights
 from pipelines.train.trainer import run
 from pipelines.vae_source import on_every_node
 
-__all__ = ["METRICS_FILE", "SNAPSHOTS", "export", "fit"]
+__all__ = ["METRICS_FILE", "SNAPSHOTS", "export", "fit", "loop_of"]
 
 Metrics: TypeAlias = dict[str, float]
 
@@ -37,11 +37,9 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out:
 
     Raises DivergedError where the loss or the gradient is no finite number.
     """
-    info = info.model_copy(update={"vae": on_every_node(info.vae)})
-    loop = {"dataset": dataset.url, "config": config, "info": info, "out": out.absolute()}
     result = run(
         _train_worker,
-        loop,
+        loop_of(dataset, config, info, out),
         num_workers=config.num_workers,
         min_workers=config.min_workers,
         resize_check_s=config.resize_check_s,
@@ -53,6 +51,17 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out:
     diverged: str | None = result.return_value  # type: ignore[attr-defined]
     if diverged is not None:
         raise DivergedError(diverged)
+
+
+def loop_of(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out: Path) -> dict[str, Any]:
+    """What every worker gets: folders are absolute, as workers have another working directory."""
+    init = on_every_node(config.init) if config.init else None
+    return {
+        "dataset": dataset.url,
+        "config": config.model_copy(update={"init": init}),
+        "info": info.model_copy(update={"vae": on_every_node(info.vae)}),
+        "out": out.absolute(),
+    }
 
 
 def export(out: Path, config: UnetTraining, info: CheckpointInfo) -> None:

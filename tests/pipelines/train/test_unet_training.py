@@ -24,7 +24,7 @@ from pipelines.train.loss import loss_of
 from pipelines.train.plan import open_loader, plan
 from pipelines.train.progress import DivergedError
 from pipelines.train.state import TrainState
-from pipelines.train.unet import METRICS_FILE, export, fit
+from pipelines.train.unet import METRICS_FILE, export, fit, loop_of
 
 CPU = torch.device("cpu")
 NULL = 2
@@ -282,3 +282,23 @@ def test_a_run_that_diverges_is_not_started_again(dataset: LatentDataset, tmp_pa
     with pytest.raises(DivergedError, match=r"is (nan|inf) at step [24]; lower the learning rate"):
         fit(dataset, config, plan(dataset, config, None), tmp_path)
     assert len(list((tmp_path / "ray_train").iterdir())) == 1
+
+
+def test_workers_find_relative_folders(
+    dataset: LatentDataset,
+    model: UNet2DConditionModel,
+    vae_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They have another working directory than the command, on a cluster that runs already."""
+    monkeypatch.chdir(tmp_path)
+    unet.save(model, "base")
+    (tmp_path / "vae").symlink_to(vae_folder)
+    config = training(init="base")
+    loop = loop_of(dataset, config, plan(dataset, config, "vae"), Path("out"))
+    monkeypatch.chdir("/")
+    state = TrainState(loop["config"], loop["info"], CPU)
+    assert unet.fingerprint(state.raw) == unet.fingerprint(model)
+    assert Path(loop["info"].vae) == vae_folder.resolve()
+    assert loop["out"] == tmp_path / "out"

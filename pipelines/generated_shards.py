@@ -151,6 +151,7 @@ def write_units(
     sampled = _through(dataset, UnitSampler, (folder.absolute(), plan, sampler), sampler)
     written = _through(sampled, UnitWriter, (on_every_node(vae), info, plan, decoder, shards), decoder)
     for table in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(table, pa.Table)
         yield from table["images"].to_pylist()
 
 

@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inpaint": ("jobs.inpaint", "repaint what a mask covers with a checkpoint"),
     "direction": ("jobs.direction", "the direction of an attribute in a latent dataset"),
     "decode": ("jobs.decode", "decode a latent into an image"),
+    "cluster up": ("jobs.cluster_up", "a Ray cluster of several nodes on this machine, to try one"),
     "submit": ("jobs.submit", "run a job of a YAML file on a Ray cluster, through its job server"),
     "jobs list": ("jobs.jobs_list", "jobs that were submitted to a cluster, and how they ended"),
     "jobs logs": ("jobs.jobs_logs", "what a submitted job has printed"),

@@ -28,7 +28,7 @@ from ldm.errors import UserError
 __all__ = ["EntrypointResources", "JobFile", "command_line", "read_job", "read_model", "secrets"]
 
 # Commands that are about jobs, and start nothing that a cluster could run.
-NOT_JOBS = ("plan", "submit", "jobs list", "jobs logs", "jobs stop", "chain")
+NOT_JOBS = ("plan", "submit", "jobs list", "jobs logs", "jobs stop", "chain", "cluster up")
 # Options of type str that are paths or URLs; those of type Path are known by it.
 PATH_NAMES = ("input", "output", "dataset", "reference")
 # No line of the options can be this: each has a colon, or is indented.

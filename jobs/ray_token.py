@@ -1,12 +1,13 @@
 """The token of a Ray cluster with authentication: looked for where Ray looks, in files of one's own only."""
 
 import os
+import secrets
 import stat
 from pathlib import Path
 
 from ldm.errors import UserError
 
-__all__ = ["find_token", "read_token"]
+__all__ = ["PATH_VARIABLE", "find_token", "make_token", "read_token"]
 
 # As ray._private.authentication: the first of these that is set, then the file of `ray get-auth-token`.
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
@@ -24,6 +25,15 @@ def find_token() -> str | None:
         return read_token(Path(named).expanduser())
     default = Path.home() / ".ray" / "auth_token"
     return read_token(default) if default.exists() else None
+
+
+def make_token(path: Path) -> str:
+    """A new token of 32 random bytes, in a new file that nobody else can read, not for a moment."""
+    token = secrets.token_hex(32)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(token)
+    return token
 
 
 def read_token(path: Path) -> str:

@@ -113,8 +113,9 @@ Register: TypeAlias = Any
 
 
 def start_register() -> Register:
-    """The actor of a run; it ends with the run's driver."""
-    return ray.remote(num_cpus=0)(Attempts).remote()
+    """The actor of a run, on its driver's node: it ends with the driver, and with no other node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Attempts).remote()
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ def written_units(
         units = ray.data.read_datasource(
             ShardSource(backlog.shards, dataset.header.unit_size, dataset.header.input),
             num_cpus=pools.read.num_cpus,
+            resources=pools.read.resources or None,
             concurrency=pools.read.max_size,
             # As many as there are read tasks: with more, Ray Data would cut every output block further.
             override_num_blocks=len(backlog.shards),
@@ -186,6 +187,7 @@ def written_units(
             batch_format="pyarrow",
             compute=TaskPoolStrategy(size=pools.decode.max_size),
             num_cpus=pools.decode.num_cpus,
+            resources=pools.decode.resources or None,
             max_calls=UNITS_PER_DECODE_WORKER,
             fn_kwargs={"judge": judge, "register": register},
         )
@@ -208,6 +210,7 @@ def _through(
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
+        resources=pool.resources or None,
         accelerator_type=pool.accelerator_type,
         fn_constructor_kwargs={**stage.arguments, **of_run},
     )

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
 
+from pipelines.custom_resources import CustomResources
+
 __all__ = ["ActorPool", "EncoderPool", "TaskPool", "TextPool"]
 
 
@@ -11,6 +13,7 @@ class _Pool(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_cpus: NonNegativeFloat = Field(1.0, description="CPUs of each worker")
+    resources: CustomResources = {}
 
 
 class TaskPool(_Pool):

@@ -94,7 +94,11 @@ def _deployment(kind: type, name: str, pool: StagePool) -> Any:
     made: Any = serve.deployment(kind)
     return made.options(
         name=name,
-        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
+        ray_actor_options={
+            "num_cpus": pool.num_cpus,
+            "num_gpus": pool.num_gpus,
+            "resources": pool.resources,
+        },
         max_ongoing_requests=pool.max_ongoing,
         graceful_shutdown_timeout_s=DRAIN_S,
         # The ingress has a log of its own, and the stages' calls are in the metrics.

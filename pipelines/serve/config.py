@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from ldm.tiling.config import Tiling
+from pipelines.custom_resources import CustomResources
 from pipelines.serve.generation_request import Limits
 from pipelines.serve.guard import AccessConfig
 
@@ -50,6 +51,7 @@ class StagePool(BaseModel):
     max_replicas: PositiveInt = 1
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = Field(0.0, description="GPUs of each; fractions share one")
+    resources: CustomResources = {}
     threads: PositiveInt | None = Field(None, description="torch threads of each; default: Ray's choice")
     target_s: PositiveFloat = Field(10.0, description="seconds of work for each replica")
     upscale_delay_s: NonNegativeFloat = 1.0

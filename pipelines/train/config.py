@@ -17,6 +17,7 @@ from ldm import unet
 from ldm.lora import LoraTraining
 from ldm.objective import NoiseSchedule
 from ldm.upsampling import MAX_NOISE_LEVEL, NUM_NOISE_LEVELS
+from pipelines.custom_resources import CustomResources
 from pipelines.train.loader import LoaderConfig
 from pipelines.train.sample_grid import SampleGrid
 from pipelines.train.wandb_run import WandbConfig
@@ -75,6 +76,7 @@ class UnetTraining(BaseModel):
     min_workers: PositiveInt | None = Field(None, description="go on with as few; default: num_workers")
     resize_check_s: PositiveFloat = Field(60.0, description="how often to look for room for more workers")
     num_gpus: float = Field(0.0, ge=0, description="per worker")
+    resources: CustomResources = {}
     threads: PositiveInt | None = Field(None, description="torch threads per worker; default: Ray's choice")
     max_failures: NonNegativeInt = Field(3, description="of workers, after which the job gives up")
 

@@ -26,7 +26,7 @@ FREE = {
     "dataset.url", "train.dtype", "input.url",
 }  # fmt: skip
 # Of groups of settings, with all that is in them.
-FREE_GROUPS = ("train.samples.", "train.wandb")
+FREE_GROUPS = ("train.samples.", "train.wandb", "train.resources.")
 
 
 def record_of(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo) -> dict[str, object]:

@@ -44,6 +44,7 @@ def fit(dataset: LatentDataset, config: UnetTraining, info: CheckpointInfo, out:
         min_workers=config.min_workers,
         resize_check_s=config.resize_check_s,
         num_gpus=config.num_gpus,
+        resources=config.resources,
         max_failures=config.max_failures,
         storage=out,
     )
@@ -81,13 +82,13 @@ def export(out: Path, config: UnetTraining, info: CheckpointInfo) -> None:
 
 def _train_worker(loop: dict[str, Any]) -> str | None:
     """Returns why the run diverged. Were that raised, Ray would start again what ends the same way."""
-    from ray.train.torch import get_device
+    from pipelines.train.torch_backend import training_device
 
     config: UnetTraining = loop["config"]
     quiet_ray_train()
     if config.threads:
         torch.set_num_threads(config.threads)
-    state = TrainState(config, loop["info"], torch.device(get_device()))
+    state = TrainState(config, loop["info"], training_device())
     try:
         train(state, LatentDataset.open(loop["dataset"]), loop["out"], _report)
     except DivergedError as error:

@@ -101,6 +101,7 @@ def fit(source: str, config: VaeTraining, out: Path) -> None:
         {"config": config, "out": out},
         num_workers=config.num_workers,
         num_gpus=config.num_gpus,
+        resources=config.resources,
         max_failures=config.max_failures,
         storage=out,
         datasets={"train": partial(_crops_left, CropOrder.of(source, config), config, out)},
@@ -165,7 +166,9 @@ def _crops_left(order: CropOrder, config: VaeTraining, out: Path) -> "Dataset":
 def _train_worker(loop: dict[str, Any]) -> str | None:
     """Returns why the run diverged. Were that raised, Ray would start again what ends the same way."""
     import ray.train
-    from ray.train.torch import get_device, prepare_model
+    from ray.train.torch import prepare_model
+
+    from pipelines.train.torch_backend import training_device
 
     config: VaeTraining = loop["config"]
     quiet_ray_train()
@@ -180,7 +183,8 @@ def _train_worker(loop: dict[str, Any]) -> str | None:
         images = (window["image"] for window in windows)
         return shuffled_batches(images, seed=config.seed, rank=rank, after_step=step)
 
-    state = VaeState(config, torch.device(get_device()), prepare_model, rank=rank)
+    device = training_device()
+    state = VaeState(config, device, partial(prepare_model, move_to_device=device), rank=rank)
     try:
         train(state, batches_after, loop["out"])
     except DivergedError as error:

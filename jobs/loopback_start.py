@@ -1,0 +1,22 @@
+"""What ``ray start`` calls before it starts a node of a cluster on loopback (``RAY_START_HOOK``).
+
+Ray 2.60 takes 127.0.0.1, wherever it is given, for the address of the network card, and binds there or to all
+addresses. Only where ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` is set does loopback stay loopback, as it is on a
+Mac; but then ``ray start --address`` refuses to join. So the nodes have that variable, and this hook in place of
+the refusal. Drivers need the variable alone.
+"""
+
+from typing import Any
+
+__all__ = ["keep_loopback"]
+
+
+def keep_loopback(parameters: Any, is_head: bool) -> None:
+    """Let this ``ray start`` join a cluster on loopback, and end with the process that called it."""
+    from ray._private import ray_constants, services
+    from ray._private.utils import set_kill_on_parent_death_linux
+
+    # Once for the refusal, and once because the refusal's switch also moves addresses off loopback.
+    ray_constants.ENABLE_RAY_CLUSTER = True
+    services.get_node_ip_address = lambda address=None: parameters.node_ip_address
+    set_kill_on_parent_death_linux()

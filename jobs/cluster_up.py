@@ -2,7 +2,8 @@
 
 import os
 import signal
-import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -16,6 +17,8 @@ from ldm.errors import UserError
 __all__ = ["ClusterUpJob"]
 
 LOOK_EVERY_S = 1.0
+# Of nodes that are all alike.
+POOL = "node"
 
 
 class ClusterUpJob(JobConfig):
@@ -29,7 +32,7 @@ class ClusterUpJob(JobConfig):
     num_cpus: NonNegativeInt = Field(1, description="CPUs of each, in Ray's count")
     num_gpus: NonNegativeInt = Field(0, description="GPUs of each, in Ray's count")
     pools: Pools = Field({}, description="nodes of several kinds instead, by the name of their pool")
-    host: str = Field(LOOPBACK, description="address of the dashboard; nodes are on loopback always")
+    host: str = Field(LOOPBACK, description="address of the dashboard; all else is on loopback always")
     dashboard_port: PositiveInt = 8265
     token_file: Path | None = Field(
         None, description="file with the token, mode 600; without it a new one, for as long as the cluster runs"
@@ -40,21 +43,24 @@ class ClusterUpJob(JobConfig):
     def _pools_or_nodes(self) -> "ClusterUpJob":
         if self.pools and self.model_fields_set & {"nodes", "num_cpus", "num_gpus"}:
             raise ValueError("pools say how many nodes there are; leave out nodes, num_cpus and num_gpus")
+        if HEAD in self.pools:
+            raise ValueError(f"pools has {HEAD!r}, the name of the head, which is there in any case")
         return self
 
     def run(self) -> dict[str, object]:
-        """Name of every node → its process, and where the dashboard was, when it is over."""
+        """Process of each node by its name, and where the dashboard was, when it is over."""
         self._check_safe()
-        stop = _stopped_by_signals()
         alike = LocalPool(nodes=self.nodes, num_cpus=self.num_cpus, num_gpus=self.num_gpus)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with local_cluster(
-            self.pools or {None: alike},
+            self.pools or {POOL: alike},
             host=self.host,
             dashboard_port=self.dashboard_port,
             token_file=self.token_file,
         ) as cluster:
-            _show(cluster)
-            _watch(cluster, stop)
+            with suppress(KeyboardInterrupt):
+                _show(cluster)
+                _watch(cluster)
             print("ending it", flush=True)
         return {
             "url": cluster.url,
@@ -76,14 +82,6 @@ class ClusterUpJob(JobConfig):
             )
 
 
-def _stopped_by_signals() -> threading.Event:
-    # Before anything starts: a signal on the way would else leave nodes to their own.
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
-
-
 def _show(cluster: LocalCluster) -> None:
     print(f"dashboard at {cluster.url} (it asks for the token; end all with Ctrl+C)\n")
     for name, value in cluster.variables.items():
@@ -94,10 +92,11 @@ def _show(cluster: LocalCluster) -> None:
     print(flush=True)
 
 
-def _watch(cluster: LocalCluster, stop: threading.Event) -> None:
+def _watch(cluster: LocalCluster) -> None:
     """Until a signal comes. Tells of nodes that ended; LocalNodeError where the head did."""
     told: set[str] = set()
-    while not stop.wait(LOOK_EVERY_S):
+    while True:
+        time.sleep(LOOK_EVERY_S)
         for node in cluster.ended_nodes():
             if node.name == HEAD:
                 raise LocalNodeError("the head has ended, and its jobs with it")

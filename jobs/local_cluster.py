@@ -49,10 +49,10 @@ class LocalNodeError(LdmError):
 
 @dataclass(frozen=True)
 class LocalNode:
-    """A running ``ray start --block``, whose children are the node. pool: None of the head, and without pools."""
+    """A running ``ray start --block``, whose children are the node. The head is a pool of its own."""
 
     name: str
-    pool: str | None
+    pool: str
     process: "subprocess.Popen[bytes]"
     log: Path
 
@@ -86,14 +86,14 @@ class LocalCluster:
         options = [
             "--head", "--port", port, "--ray-client-server-port", "0", "--no-monitor",
             "--include-dashboard", "true", "--dashboard-host", self._host, "--dashboard-port", dashboard_port,
-            *LocalPool(num_cpus=0).start_options(None),
+            *LocalPool(num_cpus=0).start_options(HEAD),
         ]  # fmt: skip
-        head = self._start(HEAD, None, options)
+        head = self._start(HEAD, HEAD, options)
         self._wait(head, lambda: self._answers("/api/jobs/"))
         if not asks_for_token(self.url):
             raise LocalNodeError(f"{self.url} answers without the token")
 
-    def start_nodes(self, pools: Mapping[str | None, LocalPool]) -> list[str]:
+    def start_nodes(self, pools: Mapping[str, LocalPool]) -> list[str]:
         """Nodes of these pools, all at once; their names, as ``encode-gpu-1``. A name is never given twice."""
         started = []
         for pool, each in pools.items():
@@ -154,11 +154,10 @@ class LocalCluster:
         for node in self.nodes.values():
             node.process.wait(STOP_TIMEOUT_S)
 
-    def _new_name(self, pool: str | None) -> str:
-        before = [node for node in self.nodes.values() if node.pool == pool and node.name != HEAD]
-        return f"{pool or 'node'}-{len(before) + 1}"
+    def _new_name(self, pool: str) -> str:
+        return f"{pool}-{1 + sum(node.pool == pool for node in self.nodes.values())}"
 
-    def _start(self, name: str, pool: str | None, options: list[str]) -> LocalNode:
+    def _start(self, name: str, pool: str, options: list[str]) -> LocalNode:
         # Of its own, since nodes that start at one moment would take the same names for their sockets; and short.
         self._started += 1
         folder = self.folder / str(self._started)
@@ -181,7 +180,7 @@ class LocalCluster:
         self.nodes[name] = LocalNode(name, pool, process, log)
         return self.nodes[name]
 
-    def _environment(self, pool: str | None) -> dict[str, str]:
+    def _environment(self, pool: str) -> dict[str, str]:
         """Of a node, and so of its workers and drivers."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
         code = [str(Path(__file__).resolve().parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
@@ -196,7 +195,7 @@ class LocalCluster:
             # At the level info Ray's agents write the environment of jobs, with its secrets, into their logs.
             "RAY_LOGGER_LEVEL": "warning",
             # As KubeRay does: Ray makes the label ray.io/node-group of it.
-            **({"RAY_NODE_TYPE_NAME": pool} if pool else {}),
+            "RAY_NODE_TYPE_NAME": pool,
             # Else they look for the network card that has the machine's name.
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
@@ -219,13 +218,13 @@ class LocalCluster:
 
 @contextmanager
 def local_cluster(
-    pools: Mapping[str | None, LocalPool],
+    pools: Mapping[str, LocalPool],
     *,
     host: str = LOOPBACK,
     dashboard_port: int | None = None,
     token_file: Path | None = None,
 ) -> Iterator[LocalCluster]:
-    """A cluster with these pools is up inside the block; the key None stands for nodes of no pool.
+    """A cluster with these pools is up inside the block.
 
     host: of the dashboard; all else is on loopback. token_file: without it one is made. UserError where the port
     is taken, or the token cannot be used.

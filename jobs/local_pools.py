@@ -27,9 +27,9 @@ class LocalPool(Section):
         200_000_000, ge=80_000_000, description="most shared memory of each one's object store"
     )
 
-    def start_options(self, name: str | None) -> list[str]:
-        """Of ``ray start``, for a node of the pool of this name, or of none."""
-        resources = {**self.resources, **({pool_resource(name): UNITS_OF_POOL} if name else {})}
+    def start_options(self, name: str) -> list[str]:
+        """Of ``ray start``, for a node of the pool of this name."""
+        resources = {**self.resources, pool_resource(name): UNITS_OF_POOL}
         return [
             "--num-cpus", str(self.num_cpus), "--num-gpus", str(self.num_gpus),
             "--object-store-memory", str(self.object_store_memory_bytes),

@@ -25,7 +25,7 @@ class ClusterUpJob(JobConfig):
     """Start a head and several nodes of Ray on this machine, with a token and on loopback, to try a cluster.
 
     Runs until it is interrupted, and ends all of it then. Nodes of different kinds are pools of a YAML file:
-    cluster/local.yaml has those of cluster/kuberay. docs/clusters.md says what listens where.
+    cluster/local.yaml has those of cluster/kuberay. docs/jobs.md says what listens where.
     """
 
     nodes: PositiveInt = Field(2, description="nodes beside the head, all alike")

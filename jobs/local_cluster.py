@@ -39,7 +39,6 @@ SHORT_FOLDER = "/tmp"
 JOB_STOP_WAIT_S = 60
 # Of what nodes do not inherit: settings of another cluster, and options of jobs.
 PREFIXES = ("RAY_", "LDM_")
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -186,7 +185,7 @@ class LocalCluster:
         code = [str(Path(__file__).resolve().parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
         return {
             **inherited,
-            **{name: value for name, value in self.variables.items() if name not in ADDRESSES},
+            **{name: value for name, value in self.variables.items() if name != "RAY_ADDRESS"},
             # The code that this command runs, and its interpreter: a job's entrypoint is `python -m jobs.cli`.
             "PYTHONPATH": os.pathsep.join(code),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)]),
@@ -229,16 +228,16 @@ def local_cluster(
     host: of the dashboard; all else is on loopback. token_file: without it one is made. UserError where the port
     is taken, or the token cannot be used.
     """
+    if token_file is not None:
+        read_token(token_file)
     port = dashboard_port or free_ports(1)[0]
     check_port(host, port)
     folder = Path(tempfile.mkdtemp(prefix="ldm-", dir=SHORT_FOLDER))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        file = token_file or folder / "token"
         if token_file is None:
-            make_token(file)
-        read_token(file)
-        cluster = LocalCluster(folder, file.absolute(), host, port)
+            make_token(folder / "token")
+        cluster = LocalCluster(folder, (token_file or folder / "token").absolute(), host, port)
         stack.callback(cluster.stop)
         cluster.start_head()
         cluster.start_nodes(pools)

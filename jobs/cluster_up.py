@@ -35,7 +35,8 @@ class ClusterUpJob(JobConfig):
     host: str = Field(LOOPBACK, description="address of the dashboard; all else is on loopback always")
     dashboard_port: PositiveInt = 8265
     token_file: Path | None = Field(
-        None, description="file with the token, mode 600; without it a new one, for as long as the cluster runs"
+        None,
+        description="file with the token, mode 600; without it a new one, for as long as the cluster runs",
     )
     insecure: bool = Field(False, description="also put the dashboard on an address that others reach")
 

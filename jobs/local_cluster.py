@@ -35,8 +35,9 @@ POLL_S = 0.2
 LOG_TAIL_CHARS = 2000
 # Paths of Ray's sockets are below it, and such a path has 107 bytes at the most.
 SHORT_FOLDER = "/tmp"
-# From SIGTERM to SIGKILL of a job that is stopped: `ldm serve` ends what is on its way, in more than Ray's 3 s.
+# From SIGTERM to SIGKILL of a job that is stopped; `ldm serve` ends what is on its way in more than Ray's 3 s.
 JOB_STOP_WAIT_S = 60
+PATIENCE_S = 120
 # Of what nodes do not inherit: settings of another cluster, and options of jobs.
 PREFIXES = ("RAY_", "LDM_")
 WILDCARDS = ("0.0.0.0", "::")
@@ -80,10 +81,10 @@ class LocalCluster:
 
     def start_head(self) -> None:
         """It counts no CPU, as that of cluster/kuberay: drivers run there, and no work."""
-        host, port = self.address.split(":")
+        port = self.address.rpartition(":")[2]
         dashboard_port = self.url.rpartition(":")[2]
         options = [
-            "--head", "--port", port, "--ray-client-server-port", "0", "--no-monitor",
+            "--head", "--port", port, "--no-monitor",
             "--include-dashboard", "true", "--dashboard-host", self._host, "--dashboard-port", dashboard_port,
             *LocalPool(num_cpus=0).start_options(HEAD),
         ]  # fmt: skip
@@ -93,14 +94,18 @@ class LocalCluster:
             raise LocalNodeError(f"{self.url} answers without the token")
 
     def start_nodes(self, pools: Mapping[str, LocalPool]) -> list[str]:
-        """Nodes of these pools, all at once; their names, as ``encode-gpu-1``. A name is never given twice."""
-        started = []
-        for pool, each in pools.items():
-            options = ["--address", self.address, *each.start_options(pool)]
-            started += [self._start(self._new_name(pool), pool, options) for _ in range(each.nodes)]
-        for node in started:
-            self._wait(node, lambda node=node: node.name in self.alive_nodes())  # type: ignore[misc]
-        return [node.name for node in started]
+        """Nodes of these pools; their names, as ``encode-gpu-1``. A name is never given twice."""
+        return [self.start_node(pool, each) for pool, each in pools.items() for _ in range(each.nodes)]
+
+    def start_node(self, pool: str, each: LocalPool) -> str:
+        """One node, which is alive when this returns; its name.
+
+        One after the other: together they would be short of CPU, and Ray gives a node 30 s.
+        """
+        options = ["--address", self.address, *each.start_options(pool)]
+        node = self._start(self._new_name(pool), pool, options)
+        self._wait(node, lambda: node.name in self.alive_nodes())
+        return node.name
 
     def alive_nodes(self) -> dict[str, str]:
         """Name → Ray's id of the nodes that the head takes for alive."""
@@ -157,13 +162,14 @@ class LocalCluster:
         return f"{pool}-{1 + sum(node.pool == pool for node in self.nodes.values())}"
 
     def _start(self, name: str, pool: str, options: list[str]) -> LocalNode:
-        # Of its own, since nodes that start at one moment would take the same names for their sockets; and short.
+        # Short, as it is in the paths of sockets; and each node's own, as on machines of their own.
         self._started += 1
         folder = self.folder / str(self._started)
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
             "--node-ip-address", LOOPBACK, "--node-name", name, "--temp-dir", str(folder),
-            "--dashboard-agent-listen-port", "0", "--min-worker-port", "0", "--max-worker-port", "0", *options,
+            "--dashboard-agent-listen-port", "0", "--min-worker-port", "0", "--max-worker-port", "0",
+            *options,
         ]  # fmt: skip
         log = self.folder / f"{name}.log"
         with log.open("wb") as stream:
@@ -186,11 +192,14 @@ class LocalCluster:
         return {
             **inherited,
             **{name: value for name, value in self.variables.items() if name != "RAY_ADDRESS"},
-            # The code that this command runs, and its interpreter: a job's entrypoint is `python -m jobs.cli`.
+            # This command's code and interpreter: the entrypoint of a job is `python -m jobs.cli`.
             "PYTHONPATH": os.pathsep.join(code),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)]),
             "RAY_START_HOOK": "jobs.loopback_start.keep_loopback",
             "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S),
+            # All nodes share the CPUs of one machine: Ray's 15 s and 60 s are for a machine each.
+            "RAY_agent_register_timeout_ms": str(1000 * PATIENCE_S),
+            "RAY_worker_register_timeout_seconds": str(PATIENCE_S),
             # At the level info Ray's agents write the environment of jobs, with its secrets, into their logs.
             "RAY_LOGGER_LEVEL": "warning",
             # As KubeRay does: Ray makes the label ray.io/node-group of it.

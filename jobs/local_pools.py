@@ -43,5 +43,3 @@ Pools: TypeAlias = dict[PoolName, LocalPool]
 def pool_resource(pool: str) -> str:
     """The resource by which work names a pool: ``{"pool:encode-gpu": 1}``."""
     return f"pool:{pool}"
-
-

@@ -12,11 +12,15 @@ __all__ = ["keep_loopback"]
 
 
 def keep_loopback(parameters: Any, is_head: bool) -> None:
-    """Let this ``ray start`` join a cluster on loopback, and end with the process that called it."""
+    """Let this ``ray start`` join a cluster on loopback, and end with the process that called it.
+
+    It starts no server for ``ray://``, which no option of ``ray start`` can leave out.
+    """
     from ray._private import ray_constants, services
     from ray._private.utils import set_kill_on_parent_death_linux
 
     # Once for the refusal, and once because the refusal's switch also moves addresses off loopback.
     ray_constants.ENABLE_RAY_CLUSTER = True
     services.get_node_ip_address = lambda address=None: parameters.node_ip_address
+    parameters.ray_client_server_port = None
     set_kill_on_parent_death_linux()

@@ -101,9 +101,7 @@ def test_a_node_offers_what_its_pool_says_and_its_pool() -> None:
 def test_the_example_has_the_pools_of_kubernetes_with_their_kinds_of_gpu() -> None:
     values = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     pools = ClusterUpJob.model_validate(values).pools
-    groups = [
-        group for name in ("shared", "serve") for group in clusters()[name]["spec"]["workerGroupSpecs"]
-    ]
+    groups = [group for name in ("shared", "serve") for group in clusters()[name]["spec"]["workerGroupSpecs"]]
     assert {*pools} == {group["groupName"] for group in groups}
     for group in groups:
         pool, there = pools[group["groupName"]], group["resources"]

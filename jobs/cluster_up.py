@@ -1,6 +1,7 @@
 """``ldm cluster up``: a Ray cluster of several nodes on this machine, until it is interrupted."""
 
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from jobs.config import JobConfig
 from jobs.job_server import is_loopback
 from jobs.local_cluster import HEAD, LOOPBACK, LocalCluster, LocalNodeError, local_cluster
-from jobs.local_pools import LocalPool, Pools
+from jobs.local_pools import POOL_NAME, LocalPool
 from ldm.errors import UserError
 
 __all__ = ["ClusterUpJob"]
@@ -31,7 +32,9 @@ class ClusterUpJob(JobConfig):
     nodes: PositiveInt = Field(2, description="nodes beside the head, all alike")
     num_cpus: NonNegativeInt = Field(1, description="CPUs of each, in Ray's count")
     num_gpus: NonNegativeInt = Field(0, description="GPUs of each, in Ray's count")
-    pools: Pools = Field({}, description="nodes of several kinds instead, by the name of their pool")
+    pools: dict[str, LocalPool] = Field(
+        {}, description="nodes of several kinds instead, by the name of their pool"
+    )
     host: str = Field(LOOPBACK, description="address of the dashboard; all else is on loopback always")
     dashboard_port: PositiveInt = 8265
     token_file: Path | None = Field(
@@ -44,6 +47,8 @@ class ClusterUpJob(JobConfig):
     def _pools_or_nodes(self) -> "ClusterUpJob":
         if self.pools and self.model_fields_set & {"nodes", "num_cpus", "num_gpus"}:
             raise ValueError("pools say how many nodes there are; leave out nodes, num_cpus and num_gpus")
+        if wrong := [name for name in self.pools if not re.fullmatch(POOL_NAME, name)]:
+            raise ValueError(f"pools has {wrong[0]!r}; names have up to 32 of a-z, 0-9 and - inside")
         if HEAD in self.pools:
             raise ValueError(f"pools has {HEAD!r}, the name of the head, which is there in any case")
         return self

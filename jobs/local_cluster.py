@@ -31,11 +31,13 @@ LOOPBACK = "127.0.0.1"
 HEAD = "head"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
+REQUEST_TIMEOUT_S = 60.0
 POLL_S = 0.2
+TRIES = 3
 LOG_TAIL_CHARS = 2000
 # Paths of Ray's sockets are below it, and such a path has 107 bytes at the most.
 SHORT_FOLDER = "/tmp"
-# From SIGTERM to SIGKILL of a job that is stopped; `ldm serve` ends what is on its way in more than Ray's 3 s.
+# From SIGTERM to SIGKILL of a stopped job: `ldm serve` ends what is on its way in more than Ray's 3 s.
 JOB_STOP_WAIT_S = 60
 PATIENCE_S = 120
 # Of what nodes do not inherit: settings of another cluster, and options of jobs.
@@ -88,8 +90,7 @@ class LocalCluster:
             "--include-dashboard", "true", "--dashboard-host", self._host, "--dashboard-port", dashboard_port,
             *LocalPool(num_cpus=0).start_options(HEAD),
         ]  # fmt: skip
-        head = self._start(HEAD, HEAD, options)
-        self._wait(head, lambda: self._answers("/api/jobs/"))
+        self._start(HEAD, HEAD, options, lambda: self._answers("/api/jobs/"))
         if not asks_for_token(self.url):
             raise LocalNodeError(f"{self.url} answers without the token")
 
@@ -102,10 +103,10 @@ class LocalCluster:
 
         One after the other: together they would be short of CPU, and Ray gives a node 30 s.
         """
+        name = f"{pool}-{1 + sum(node.pool == pool for node in self.nodes.values())}"
         options = ["--address", self.address, *each.start_options(pool)]
-        node = self._start(self._new_name(pool), pool, options)
-        self._wait(node, lambda: node.name in self.alive_nodes())
-        return node.name
+        self._start(name, pool, options, lambda: self._is_alive(name))
+        return name
 
     def alive_nodes(self) -> dict[str, str]:
         """Name → Ray's id of the nodes that the head takes for alive."""
@@ -116,7 +117,7 @@ class LocalCluster:
     def get(self, path: str) -> httpx.Response:
         """Ask the dashboard, with the token."""
         headers = {"Authorization": f"Bearer {read_token(self.token_file)}"}
-        return httpx.get(f"{self.url}{path}", headers=headers, timeout=30.0, trust_env=False)
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False)
 
     def processes(self, name: str | None = None) -> list[psutil.Process]:
         """Of one node, or of all: ``ray start`` and all that came of it, workers and drivers included."""
@@ -158,10 +159,17 @@ class LocalCluster:
         for node in self.nodes.values():
             node.process.wait(STOP_TIMEOUT_S)
 
-    def _new_name(self, pool: str) -> str:
-        return f"{pool}-{1 + sum(node.pool == pool for node in self.nodes.values())}"
+    def _start(self, name: str, pool: str, options: list[str], is_up: Callable[[], bool]) -> None:
+        """Return when the node is up. Where a busy machine missed Ray's own deadline it is tried again."""
+        for _ in range(TRIES):
+            node = self._popen(name, pool, options)
+            if _is_up_in_time(node, is_up):
+                return
+            self.kill_node(name)
+        said = node.log.read_text(errors="replace")[-LOG_TAIL_CHARS:]
+        raise LocalNodeError(f"node {name} did not start in {TRIES} tries: {said}")
 
-    def _start(self, name: str, pool: str, options: list[str]) -> LocalNode:
+    def _popen(self, name: str, pool: str, options: list[str]) -> LocalNode:
         # Short, as it is in the paths of sockets; and each node's own, as on machines of their own.
         self._started += 1
         folder = self.folder / str(self._started)
@@ -209,19 +217,26 @@ class LocalCluster:
             "NCCL_SOCKET_IFNAME": "lo",
         }
 
+    def _is_alive(self, name: str) -> bool:
+        with suppress(httpx.HTTPError):
+            return name in self.alive_nodes()
+        return False
+
     def _answers(self, path: str) -> bool:
         try:
             return self.get(path).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
-    def _wait(self, node: LocalNode, is_up: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not is_up():
-            if node.process.poll() is not None or time.monotonic() > deadline_s:
-                said = node.log.read_text(errors="replace")[-LOG_TAIL_CHARS:]
-                raise LocalNodeError(f"node {node.name} did not start: {said}")
-            time.sleep(POLL_S)
+
+def _is_up_in_time(node: LocalNode, is_up: Callable[[], bool]) -> bool:
+    """False where its `ray start` has ended, or has taken too long."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not is_up():
+        if node.process.poll() is not None or time.monotonic() > deadline_s:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 @contextmanager
@@ -234,8 +249,8 @@ def local_cluster(
 ) -> Iterator[LocalCluster]:
     """A cluster with these pools is up inside the block.
 
-    host: of the dashboard; all else is on loopback. token_file: without it one is made. UserError where the port
-    is taken, or the token cannot be used.
+    host: of the dashboard; all else is on loopback. token_file: without it one is made. UserError where the
+    port is taken, or the token cannot be used.
     """
     if token_file is not None:
         read_token(token_file)

@@ -1,17 +1,16 @@
 """Nodes of a cluster on one machine, as ``ldm cluster up`` and tests state them. Imports no Ray."""
 
 import json
-from typing import Annotated, TypeAlias
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jobs.config import Section
 
-__all__ = ["LocalPool", "Pools", "pool_resource"]
+__all__ = ["POOL_NAME", "LocalPool", "pool_resource"]
 
 # What a node has of the resource that bears its pool's name: more than workers fit on it.
 UNITS_OF_POOL = 1000
-PoolName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
+POOL_NAME = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 
 
 class LocalPool(Section):
@@ -35,9 +34,6 @@ class LocalPool(Section):
             "--object-store-memory", str(self.object_store_memory_bytes),
             "--resources", json.dumps(resources),
         ]  # fmt: skip
-
-
-Pools: TypeAlias = dict[PoolName, LocalPool]
 
 
 def pool_resource(pool: str) -> str:

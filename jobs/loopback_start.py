@@ -1,9 +1,9 @@
 """What ``ray start`` calls before it starts a node of a cluster on loopback (``RAY_START_HOOK``).
 
-Ray 2.60 takes 127.0.0.1, wherever it is given, for the address of the network card, and binds there or to all
-addresses. Only where ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` is set does loopback stay loopback, as it is on a
-Mac; but then ``ray start --address`` refuses to join. So the nodes have that variable, and this hook in place of
-the refusal. Drivers need the variable alone.
+Ray 2.60 takes 127.0.0.1, wherever it is given, for the address of the network card, and binds there or to
+all addresses. Only where ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` is set does loopback stay loopback, as it is
+on a Mac; but then ``ray start --address`` refuses to join. So the nodes have that variable, and this hook in
+place of the refusal. Drivers need the variable alone.
 """
 
 from typing import Any

@@ -45,7 +45,7 @@ class VaeTraining(CropConfig):
     keep_checkpoints: PositiveInt = Field(3, ge=2, description="an older one helps if the newest is torn")
     num_workers: PositiveInt = 1
     num_gpus: float = Field(0.0, ge=0, description="per worker")
-    resources: CustomResources = {}
+    resources: CustomResources = Field({})
     threads: PositiveInt | None = Field(None, description="torch threads per worker; default: Ray's choice")
     max_failures: NonNegativeInt = Field(3, description="of workers, after which the job gives up")
     dtype: Literal["fp32", "fp16"] = Field("fp32", description="of the exported weights")

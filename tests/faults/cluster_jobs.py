@@ -20,17 +20,14 @@ from jobs.local_pools import LocalPool
 from jobs.ray_token import read_token
 
 __all__ = [
-    "CPU_DECODE",
     "DEADLINE_S",
     "ENCODE_GPU",
-    "SERVE_CPU",
     "SERVE_GPU",
     "TRAIN_GPU",
     "UNIT_SIZE",
     "encoding",
     "image",
     "join",
-    "of",
     "pools_of",
     "python",
     "rows",
@@ -42,17 +39,11 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU_DECODE = LocalPool(num_cpus=2)
-ENCODE_GPU = LocalPool(num_cpus=0, num_gpus=1, resources={"accelerator_type:L4": 1})
+ENCODE_GPU = LocalPool(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
 TRAIN_GPU = LocalPool(num_cpus=1, num_gpus=1, resources={"accelerator_type:H100": 1})
-SERVE_CPU = LocalPool(num_cpus=2)
 SERVE_GPU = LocalPool(num_cpus=1, num_gpus=1)
 UNIT_SIZE = 8
 DEADLINE_S = 300.0
-
-
-def of(pool: LocalPool, nodes: int) -> LocalPool:
-    return pool.model_copy(update={"nodes": nodes})
 
 
 def join(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +114,8 @@ def encoding(source: Path, out: Path, vae: Path, encoders: int = 1) -> dict[str,
     return {
         "input": str(source), "output": str(out), "vae": str(vae), "unit_size": UNIT_SIZE,
         "preprocess": {"sizes_px": [32]},
-        "reader": {"num_cpus": 0.25, "resources": {"pool:cpu-decode": 1}},
-        "decode": {"num_cpus": 1, "resources": {"pool:cpu-decode": 1}},
+        "reader": {"num_cpus": 0.25, "resources": {"pool:encode-gpu": 1}},
+        "decode": {"num_cpus": 1, "resources": {"pool:encode-gpu": 1}},
         "encoder": {
             "num_cpus": 0, "num_gpus": 1, "accelerator_type": "L4", "resources": {"pool:encode-gpu": 1},
             "min_size": encoders, "max_size": encoders,
@@ -142,7 +133,7 @@ def serving(
     many = {"min_replicas": replicas, "max_replicas": replicas}
     options = {
         "model": str(model), "port": port, "cache_bytes": 0, "jobs": {"url": str(folder / "jobs")},
-        "ingress": {"num_cpus": 0.5, "max_ongoing": 1000, "resources": {"pool:serve-cpu": 1}},
+        "ingress": {"num_cpus": 0, "max_ongoing": 1000, "resources": {"pool:head": 1}},
         "sampler": {**on_gpu, **many, "max_rows": 8},
         "decoder": {**on_gpu, **many},
         "limits": {"sizes_multiple_px": 4, "max_steps": 1000},

@@ -14,7 +14,7 @@ import pytest
 
 from jobs.local_cluster import free_ports, local_cluster
 from jobs.ray_token import read_token
-from tests.faults.cluster_jobs import CPU_DECODE, ENCODE_GPU, python
+from tests.faults.cluster_jobs import ENCODE_GPU, TRAIN_GPU, python
 from tests.faults.listening import beyond_loopback, listening
 
 pytestmark = [
@@ -49,11 +49,11 @@ def test_all_of_it_is_on_loopback_and_wants_the_token(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
-    with local_cluster({"cpu-decode": CPU_DECODE, "encode-gpu": ENCODE_GPU}) as cluster:
+    with local_cluster({"encode-gpu": ENCODE_GPU, "train-gpu": TRAIN_GPU}) as cluster:
         # A driver, so that workers listen, too.
         connected = python(CONNECT, **cluster.variables)
         assert connected.returncode == 0, connected.stderr[-3000:]
-        assert connected.stdout == "['cpu-decode-1', 'encode-gpu-1', 'head']\n"
+        assert connected.stdout == "['encode-gpu-1', 'head', 'train-gpu-1']\n"
         found = listening(cluster)
         ports = {port for places in found.values() for _, port in places}
         print(f"{len(ports)} ports of {len(found)} processes listen")

@@ -175,7 +175,7 @@ BAD = [
     ("upscale {missing}.npy {out}.png --stages {checkpoint}", "cannot read latent"),
     ("cluster up --host 0.0.0.0", "others reach 0.0.0.0"),
     ("cluster up --token-file {missing}", "cannot read the token file"),
-    ('cluster up --pools {{"Encode_GPU":{{}}}}', "should match pattern"),
+    ('cluster up --pools {{"Encode_GPU":{{}}}}', "names have up to 32"),
     ("submit {missing}.yaml", "cannot read"),
     ("chain {missing}.yaml", "cannot read"),
     ("jobs list --address http://127.0.0.1:9", "no job server at http://127.0.0.1:9"),

@@ -1,4 +1,4 @@
-"""``ldm cluster up``: what is refused before anything starts, and what a node would be started with. No Ray."""
+"""``ldm cluster up``: what is refused before anything starts, and what a node is started with. No Ray."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_a_port_that_is_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     [
         ({"nodes": 2, "pools": {"a": {}}}, "pools say how many nodes"),
         ({"pools": {"head": {}}}, "the name of the head"),
-        ({"pools": {"a_b": {}}}, "should match pattern"),
+        ({"pools": {"a_b": {}}}, "names have up to 32"),
         ({"pools": {"a": {"nodes": 0}}}, "greater than 0"),
     ],
 )

@@ -22,6 +22,7 @@ import psutil
 
 from jobs.job_server import asks_for_token
 from jobs.local_pools import LocalPool
+from jobs.loopback_start import PATIENCE_S
 from jobs.ray_token import PATH_VARIABLE, make_token, read_token
 from ldm.errors import LdmError, UserError
 
@@ -29,17 +30,15 @@ __all__ = ["HEAD", "LOOPBACK", "LocalCluster", "LocalNode", "LocalNodeError", "l
 
 LOOPBACK = "127.0.0.1"
 HEAD = "head"
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 REQUEST_TIMEOUT_S = 60.0
 POLL_S = 0.2
-TRIES = 3
 LOG_TAIL_CHARS = 2000
 # Paths of Ray's sockets are below it, and such a path has 107 bytes at the most.
 SHORT_FOLDER = "/tmp"
 # From SIGTERM to SIGKILL of a stopped job: `ldm serve` ends what is on its way in more than Ray's 3 s.
 JOB_STOP_WAIT_S = 60
-PATIENCE_S = 120
 # Of what nodes do not inherit: settings of another cluster, and options of jobs.
 PREFIXES = ("RAY_", "LDM_")
 WILDCARDS = ("0.0.0.0", "::")
@@ -101,7 +100,7 @@ class LocalCluster:
     def start_node(self, pool: str, each: LocalPool) -> str:
         """One node, which is alive when this returns; its name.
 
-        One after the other: together they would be short of CPU, and Ray gives a node 30 s.
+        One after the other: together they would be short of CPU, and miss Ray's deadlines.
         """
         name = f"{pool}-{1 + sum(node.pool == pool for node in self.nodes.values())}"
         options = ["--address", self.address, *each.start_options(pool)]
@@ -160,14 +159,14 @@ class LocalCluster:
             node.process.wait(STOP_TIMEOUT_S)
 
     def _start(self, name: str, pool: str, options: list[str], is_up: Callable[[], bool]) -> None:
-        """Return when the node is up. Where a busy machine missed Ray's own deadline it is tried again."""
-        for _ in range(TRIES):
-            node = self._popen(name, pool, options)
-            if _is_up_in_time(node, is_up):
-                return
-            self.kill_node(name)
-        said = node.log.read_text(errors="replace")[-LOG_TAIL_CHARS:]
-        raise LocalNodeError(f"node {name} did not start in {TRIES} tries: {said}")
+        """Return when the node is up."""
+        node = self._popen(name, pool, options)
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not is_up():
+            if node.process.poll() is not None or time.monotonic() > deadline_s:
+                said = node.log.read_text(errors="replace")[-LOG_TAIL_CHARS:]
+                raise LocalNodeError(f"node {name} did not start: {said}")
+            time.sleep(POLL_S)
 
     def _popen(self, name: str, pool: str, options: list[str]) -> LocalNode:
         # Short, as it is in the paths of sockets; and each node's own, as on machines of their own.
@@ -227,16 +226,6 @@ class LocalCluster:
             return self.get(path).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
-
-
-def _is_up_in_time(node: LocalNode, is_up: Callable[[], bool]) -> bool:
-    """False where its `ray start` has ended, or has taken too long."""
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not is_up():
-        if node.process.poll() is not None or time.monotonic() > deadline_s:
-            return False
-        time.sleep(POLL_S)
-    return True
 
 
 @contextmanager

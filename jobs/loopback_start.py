@@ -6,15 +6,20 @@ on a Mac; but then ``ray start --address`` refuses to join. So the nodes have th
 place of the refusal. Drivers need the variable alone.
 """
 
+import time
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["keep_loopback"]
+__all__ = ["PATIENCE_S", "keep_loopback"]
+
+PATIENCE_S = 120
 
 
 def keep_loopback(parameters: Any, is_head: bool) -> None:
     """Let this ``ray start`` join a cluster on loopback, and end with the process that called it.
 
-    It starts no server for ``ray://``, which no option of ``ray start`` can leave out.
+    It starts no server for ``ray://``, which no option of ``ray start`` can leave out, and does not give up after
+    30 s, which none can change: several nodes share one machine.
     """
     from ray._private import ray_constants, services
     from ray._private.utils import set_kill_on_parent_death_linux
@@ -22,5 +27,20 @@ def keep_loopback(parameters: Any, is_head: bool) -> None:
     # Once for the refusal, and once because the refusal's switch also moves addresses off loopback.
     ray_constants.ENABLE_RAY_CLUSTER = True
     services.get_node_ip_address = lambda address=None: parameters.node_ip_address
+    services.get_node = _patient(services.get_node)
     parameters.ray_client_server_port = None
     set_kill_on_parent_death_linux()
+
+
+def _patient(get_node: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    def wait_for_node(gcs_address: str, node_id: str) -> Any:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return get_node(gcs_address, node_id)
+            except RuntimeError:  # it has not registered yet
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.5)
+
+    return wait_for_node

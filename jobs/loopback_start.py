@@ -18,8 +18,8 @@ PATIENCE_S = 120
 def keep_loopback(parameters: Any, is_head: bool) -> None:
     """Let this ``ray start`` join a cluster on loopback, and end with the process that called it.
 
-    It starts no server for ``ray://``, which no option of ``ray start`` can leave out, and does not give up after
-    30 s, which none can change: several nodes share one machine.
+    It starts no server for ``ray://``, which no option of ``ray start`` can leave out, and does not give up
+    after 30 s, which none can change: several nodes share one machine.
     """
     from ray._private import ray_constants, services
     from ray._private.utils import set_kill_on_parent_death_linux

@@ -114,6 +114,7 @@ def test_the_command_shows_what_to_set_and_ends_all_of_it(tmp_path: Path) -> Non
     ) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(10)]
+        assert lines[0], process.communicate(timeout=120)[1][-3000:]
         family = psutil.Process(process.pid).children(recursive=True)
         variables = dict(
             line.removeprefix("export ").strip().split("=", 1) for line in lines if line.startswith("export ")

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench train": ("jobs.bench_train", "how fast and lean training is here, beside other ways"),
     "bench tiling": ("jobs.bench_tiling", "how exact, fast and lean decoding large images is here"),
     "bench serve": ("jobs.bench_serve", "what batching by step, deadlines and scaling do here"),
+    "bench cluster": ("jobs.bench_cluster", "how encoding grows with nodes, and pools with work"),
     "evaluate recon": ("jobs.evaluate_recon", "quality of a VAE's reconstructions: PSNR, SSIM, rFID"),
     "evaluate by-f": ("jobs.evaluate_by_f", "quality of VAEs over bits per pixel, and their speed"),
     "evaluate samples": ("jobs.evaluate_samples", "a checkpoint's images beside real ones: FID, KID"),

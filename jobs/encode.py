@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterConfig, connected
@@ -52,7 +52,21 @@ class EncodeJob(JobConfig):
     decode: TaskPool = TaskPool()
     encoder: EncoderPool = EncoderPool()
     text_encoder: TextPool = TextPool()
+    subcluster: str | None = Field(
+        None,
+        description="of a running cluster: only nodes whose label ray-subcluster has this value, and only "
+        "such are asked of its autoscaler; without it nodes without that label",
+    )
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _subcluster_is_of_a_running_cluster(self) -> "EncodeJob":
+        if self.subcluster is not None and self.cluster.address is None:
+            raise ValueError(
+                f"subcluster '{self.subcluster}' is for a running cluster, whose nodes have labels; "
+                "give cluster.address too, or leave it out"
+            )
+        return self
 
     def run(self, watch: "Callable[[UnitReport], None]" = lambda report: None) -> dict[str, object]:
         """Encode what is not committed yet; returns what `pipelines.encode.report.EncodeSummary` holds.
@@ -133,6 +147,7 @@ class EncodeJob(JobConfig):
                 encoder=vae_stage(header, on_every_node(self.vae), self.encoder),
                 text=self._text_stage(header.text),
                 max_bad_share=self.max_bad_share,
+                subcluster=self.subcluster,
                 watch=committed,
             )
         if summary.units_done:

@@ -5,18 +5,22 @@ usage: python -m jobs.bench.emulated SHARDS OUT SIZE_PX
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from jobs.cluster import ClusterConfig, connected
 from ldm.preprocess import Preprocess
 from pipelines.encode.pools import ActorPool, TaskPool
-from pipelines.encode.report import EncodeSummary
+from pipelines.encode.report import EncodeSummary, UnitReport
 
 __all__ = ["encode_emulated", "measure_ramp"]
 
 F = 8
 GPUS = 8
 UNIT_SIZE = 16
+# On two cores, a worker process takes 2 s of a core to start: as few as will do.
+ONE_READER = TaskPool(num_cpus=0.25, max_size=1)
+TWO_DECODERS = TaskPool(num_cpus=0.5, max_size=2)
 
 
 def encode_emulated(
@@ -28,6 +32,10 @@ def encode_emulated(
     *,
     seconds_per_image: float = 0.0,
     log: Path | None = None,
+    read_pool: TaskPool = ONE_READER,
+    decode_pool: TaskPool = TWO_DECODERS,
+    subcluster: str | None = None,
+    watch: Callable[[UnitReport], None] = lambda report: None,
 ) -> EncodeSummary:
     """Encode shards with `EmulatedEncoder`s, on the connected cluster."""
     from pipelines.dataset import LatentDataset
@@ -48,10 +56,11 @@ def encode_emulated(
         dataset,
         find_backlog(list_shards(shards), dataset),
         Judge(preprocess),
-        # On two cores, a worker process takes 2 s of a core to start: as few as will do.
-        read_pool=TaskPool(num_cpus=0.25, max_size=1),
-        decode_pool=TaskPool(num_cpus=0.5, max_size=2),
+        read_pool=read_pool,
+        decode_pool=decode_pool,
         encoder=ActorStage(EmulatedEncoder, arguments, pool),
+        subcluster=subcluster,
+        watch=watch,
     )
 
 

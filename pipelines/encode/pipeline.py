@@ -31,6 +31,7 @@ from pipelines.text_config import TextConfig
 from pipelines.unit_ids import parse_unit_id
 
 __all__ = [
+    "SUBCLUSTER_LABEL",
     "ActorStage",
     "TaskPools",
     "encode",
@@ -46,6 +47,8 @@ READERS = TaskPool(num_cpus=0.25)
 # to be relied upon. That its options differ from its neighbours' also keeps Ray Data from fusing it with
 # them, which would decode inside the VAE actors, or one shard on one CPU.
 UNITS_PER_DECODE_WORKER = 1000
+# Of nodes; the one by which Ray Data knows whose nodes are its.
+SUBCLUSTER_LABEL = "ray-subcluster"
 # Before that many inputs, the share of bad ones says little.
 MIN_INPUTS_TO_JUDGE = 1000
 
@@ -96,20 +99,22 @@ def encode(
     text: ActorStage | None = None,
     read_pool: TaskPool = READERS,
     max_bad_share: float = 1.0,
+    subcluster: str | None = None,
     watch: Callable[[UnitReport], None] = lambda report: None,
 ) -> EncodeSummary:
     """Encode what is in the backlog, then rebuild what is derived from the commits.
 
-    watch: called for every unit once it is committed. UserError where more than ``max_bad_share`` of
-    the inputs are bad; what is committed by then stays. Needs a connected Ray. Exceptions of a stage
-    arrive inside Ray's own, chained.
+    subcluster: value of the label `SUBCLUSTER_LABEL` that nodes must have; None: nodes without it. watch:
+    called for every unit once it is committed. UserError where more than ``max_bad_share`` of the inputs are
+    bad; what is committed by then stays. Needs a connected Ray. Exceptions of a stage arrive inside Ray's
+    own, chained.
     """
     start = time.perf_counter()
     run = RunReport()
     _pin_old_versions(dataset, backlog)
     if backlog.shards:
         pools = TaskPools(read_pool, decode_pool)
-        for report in _reports(written_units(dataset, backlog, judge, pools, encoder, text)):
+        for report in _reports(written_units(dataset, backlog, judge, pools, encoder, text, subcluster)):
             run.add(report)
             watch(report)
             if run.inputs >= MIN_INPUTS_TO_JUDGE:
@@ -167,9 +172,10 @@ def written_units(
     pools: TaskPools,
     encoder: ActorStage,
     text: ActorStage | None = None,
+    subcluster: str | None = None,
 ) -> Dataset:
     """All stages, not run yet: rows of `UnitReport`."""
-    with DataContext.current(_context()):
+    with DataContext.current(_context(subcluster)):
         register = start_register()
         units = ray.data.read_datasource(
             ShardSource(backlog.shards, dataset.header.unit_size, dataset.header.input),
@@ -217,8 +223,12 @@ def _through(
     return passed
 
 
-def _context() -> DataContext:
+def _context(subcluster: str | None) -> DataContext:
     context = DataContext.get_current().copy()
+    if subcluster is not None:
+        # Ray Data asks the autoscaler for CPUs and GPUs without their kind, and would be given nodes of any
+        # pool that has them, a node of many large GPUs first. What it asks for carries this label.
+        context.execution_options.label_selector = {SUBCLUSTER_LABEL: subcluster}
     # One row per block: a unit moves on as soon as it is there, rather than when 128 MiB of them are.
     context.target_max_block_size = 1
     context.enable_progress_bars = False

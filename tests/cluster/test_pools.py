@@ -11,11 +11,13 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, GangResourceRequest
+from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from jobs.config import JobConfig, load
 from jobs.encode import EncodeJob
 from jobs.train import TrainJob
+from pipelines.encode.pipeline import SUBCLUSTER_LABEL
 from tests.cluster.manifests import clusters, of_kind
 
 Bundle = dict[str, float]
@@ -44,6 +46,25 @@ def started(cluster: str, bundles: list[Bundle], *, at_once: bool = False) -> tu
         if at_once
         else {"resource_requests": ResourceRequestUtil.group_by_count(requests)}
     )
+    return launched(config, asked)
+
+
+def started_for_ray_data(bundles: list[Bundle], subcluster: str | None) -> Counter[str]:
+    """Nodes of each pool that the autoscaler starts where Ray Data asks it for room for growing pools."""
+    config = AutoscalingConfig(
+        _derive_autoscaling_config_from_ray_cr(clusters()["shared"]), skip_content_hash=True
+    )
+    is_in = LabelSelectorOperator.LABEL_OPERATOR_IN
+    selectors = [[(SUBCLUSTER_LABEL, is_in, [subcluster])]] if subcluster else None
+    requests = [ResourceRequestUtil.make(bundle, label_selectors=selectors) for bundle in bundles]
+    counted = ResourceRequestUtil.group_by_count(requests)
+    constraint = ClusterResourceConstraint(resource_requests=counted)
+    nodes, left = launched(config, {"cluster_resource_constraints": [constraint]})
+    assert left == 0
+    return nodes
+
+
+def launched(config: AutoscalingConfig, asked: dict[str, Any]) -> tuple[Counter[str], int]:
     reply = ResourceDemandScheduler().schedule(
         SchedulingRequest(
             node_type_configs=config.get_node_type_configs(),
@@ -99,6 +120,19 @@ def test_pools_grow_apart_and_at_the_same_time() -> None:
     nodes, left = started("shared", decoding + encoding + training)
     assert nodes == Counter({"cpu-decode": 1, "encode-gpu": 2, "train-gpu": 1})
     assert left == 0
+
+
+# A reader, decoders and eight more encoders, as Ray Data has it: of GPUs it tells the number, and no kind.
+ROOM = [{"CPU": 0.25}, *[{"CPU": 1.0}] * 8, *[{"GPU": 1.0}] * 8]
+
+
+def test_growing_pools_of_encoding_get_their_own_nodes() -> None:
+    assert started_for_ray_data(ROOM, "encode") == Counter({"cpu-decode": 1, "encode-gpu": 8})
+
+
+def test_without_the_label_they_would_get_those_of_training() -> None:
+    """Why there is a label: when this fails, Ray has learnt to tell GPUs apart."""
+    assert started_for_ray_data(ROOM, None)["train-gpu"] > 0
 
 
 def test_no_pool_grows_beyond_its_bound_at_the_cost_of_another() -> None:

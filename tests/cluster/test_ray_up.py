@@ -43,16 +43,17 @@ def test_pools_are_those_of_kubernetes(cloud: str) -> None:
             {name: int(count) for name, count in group["resources"].items()},
             group["minReplicas"],
             group["maxReplicas"],
+            group.get("labels", {}),
         )
         for group in groups
     }
     found = {
-        name: (node["resources"], node["min_workers"], node["max_workers"])
+        name: (node["resources"], node["min_workers"], node["max_workers"], node.get("labels", {}))
         for name, node in _nodes(cloud).items()
         if name != "head"
     }
     assert found == expected
-    assert _config(cloud)["max_workers"] == sum(most for _, _, most in expected.values())
+    assert _config(cloud)["max_workers"] == sum(most for _, _, most, _ in expected.values())
     assert _nodes(cloud)["head"]["resources"] == {"CPU": 0}
 
 

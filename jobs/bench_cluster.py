@@ -23,7 +23,9 @@ class BenchClusterJob(JobConfig):
 
     only: tuple[Part, ...] = Field(PARTS, description=f"some of: {', '.join(PARTS)}")
     seconds_per_image: PositiveFloat = Field(0.1, description="that the encoder waits")
-    counts: tuple[PositiveInt, ...] = Field((1, 2, 4), description="numbers of nodes to compare; 1 is the first")
+    counts: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4), description="numbers of nodes to compare; 1 is the first"
+    )
     rounds: PositiveInt = Field(3, description="of all numbers of nodes; median and minimum count")
     units_per_node: PositiveInt = Field(40, description="of 16 images, in each run")
     most_nodes: PositiveInt = Field(4, description="of the pool encode-gpu")

@@ -1,4 +1,4 @@
-"""An encode on a cluster of Ray's fake multi-node provider, whose pools are those of cluster/kuberay, then nothing.
+"""An encode on a cluster of Ray's fake multi-node provider with the pools of cluster/kuberay, then nothing.
 
 Each node that the autoscaler adds is a raylet of its own on this machine; GPUs are logical.
 """
@@ -22,6 +22,8 @@ from pipelines.encode.pools import ActorPool, TaskPool
 
 __all__ = ["POOLS", "autoscaling", "draw"]
 
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 SUBCLUSTER = "encode"
 LABELS = {SUBCLUSTER_LABEL: SUBCLUSTER}
 # Names, resources and labels of cluster/kuberay/raycluster.yaml; fewer CPUs, as these are this machine's.
@@ -41,7 +43,7 @@ IDLE_AFTER_S = 10.0
 def autoscaling(
     images: int, seconds_per_image: float, nodes: int, idle_timeout_s: float, plot: Path
 ) -> dict[str, float]:
-    """Encode on up to ``nodes`` nodes of encode-gpu, then wait until all nodes are gone; plot, and looks beside it."""
+    """Encode on up to ``nodes`` nodes of encode-gpu, then wait until all are gone; plot, and looks beside it."""
     (port,) = free_ports(1)
     with TemporaryDirectory(prefix="ldm-bench-") as name:
         folder = Path(name)
@@ -86,7 +88,9 @@ def provider_config(port: int, nodes: int, idle_timeout_s: float) -> dict[str, o
         "max_workers": sum(int(str(pool["max_workers"])) for pool in pools.values()),
         "idle_timeout_minutes": idle_timeout_s / 60,
         "provider": {
-            "type": "fake_multinode",
+            # Ray's own name for it, fake_multinode, wants a file of defaults that its packages lack.
+            "type": "external",
+            "module": FAKE_PROVIDER,
             "gcs_address": f"127.0.0.1:{port}",
             "head_node_id": FAKE_HEAD_NODE_ID,
             "launch_multiple": True,
@@ -95,6 +99,9 @@ def provider_config(port: int, nodes: int, idle_timeout_s: float) -> dict[str, o
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
+        # Nothing is copied to this machine and nothing is run there, but Ray wants to be told so.
+        **{name: {} for name in ("file_mounts", "docker", "auth")},
+        **{name: [] for name in ("cluster_synced_files", *COMMANDS)},
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "available_node_types": {
             FAKE_HEAD_NODE_TYPE: {"node_config": {}, "max_workers": 0, "resources": {"CPU": 0}},

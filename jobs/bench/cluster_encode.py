@@ -24,7 +24,7 @@ GPUS_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Encoded:
-    """begun_s: of the first unit, unix time; cpu_share: of the machine's cores that was busy, first to last commit."""
+    """begun_s: the first unit, unix time; cpu_share: of the machine's cores, from first to last commit."""
 
     commits: tuple[Committed, ...]
     begun_s: float

@@ -46,8 +46,8 @@ def autoscaling_facts(
 
     nodes_POOL: most at one moment; nodes_of_others: most of all pools that are not needed; nodes_before,
     nodes_left: before the job, and at the end. first_node_s, all_nodes_s: from the job's begin to the first
-    and the last node of ``grown`` that was added. removed_extra_s: from its end, and the idle timeout after it,
-    until no node is left for good; infinite where nodes are left.
+    and the last node of ``grown`` that was added. removed_extra_s: from its end, and the idle timeout after
+    it, until no node is left for good; infinite where nodes are left.
     """
     pools = sorted({pool for look in looks for pool in look.nodes})
     most = {pool: max(look.nodes.get(pool, 0) for look in looks) for pool in pools}
@@ -78,8 +78,8 @@ def _empty_from(looks: Sequence[Look]) -> float:
 def steady_rate(commits: Sequence[Committed], encoders: int) -> float:
     """Images/s from when every encoder has committed a unit until the first of them commits its last.
 
-    Commits at the beginning of that time do not count, the one at its end does: where encoders commit in step,
-    a little less than all of them do. ValueError unless that many encoders committed two units or more.
+    Commits at the beginning of that time do not count, the one at its end does: where encoders commit in
+    step, a little less than all of them do. ValueError unless that many encoders committed two units or more.
     """
     times: dict[int, list[float]] = defaultdict(list)
     for commit in commits:

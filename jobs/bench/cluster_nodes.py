@@ -57,9 +57,7 @@ def ratios(name: str, rates: dict[int, list[float]]) -> dict[str, float]:
     """Median and minimum over the rounds of rate(n) ÷ (n · rate(1)), for every n but 1."""
     figures = {}
     for count in (count for count in rates if count != 1):
-        found = [
-            many / (count * one) for many, one in zip(rates[count], rates[1], strict=True)
-        ]
+        found = [many / (count * one) for many, one in zip(rates[count], rates[1], strict=True)]
         figures |= {f"{name}_{count}": median(found), f"{name}_{count}_min": min(found)}
     return figures
 
@@ -83,4 +81,8 @@ def _measure(count: int, shards: Path, out: Path, seconds_per_image: float) -> t
             encoder=ActorPool(num_cpus=0.5, num_gpus=1, min_size=count, max_size=count),
             gpus=count,
         ).run(head)
-    return steady_rate(encoded.commits, count), whole_rate(encoded.commits, encoded.begun_s), encoded.cpu_share
+    return (
+        steady_rate(encoded.commits, count),
+        whole_rate(encoded.commits, encoded.begun_s),
+        encoded.cpu_share,
+    )

@@ -1,4 +1,4 @@
-"""Ray processes of a measurement's own on this machine: a head on loopback with a token, nodes that join it."""
+"""Ray processes of a measurement's own on this machine: a head on loopback with a token, and nodes."""
 
 import json
 import os
@@ -58,8 +58,8 @@ def started_head(
         joining = _environment(token)
         agent_port, client_port = free_ports(2)
         command = [
-            "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", str(folder / "ray"),
-            "--include-dashboard", "false", "--dashboard-agent-listen-port", str(agent_port),
+            "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--include-dashboard", "false",
+            "--temp-dir", str(folder / "ray"), "--dashboard-agent-listen-port", str(agent_port),
             "--ray-client-server-port", str(client_port), *options,
         ]  # fmt: skip
         log = folder / "head.log"
@@ -94,6 +94,8 @@ def _environment(token: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
+        # Or the line that tells of the start would wait in a buffer.
+        "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
 
@@ -121,7 +123,9 @@ def _wait_until_started(process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while STARTED not in log.read_text():
         if process.poll() is not None or time.monotonic() > deadline_s:
-            raise RuntimeError(f"Ray did not start within {START_TIMEOUT_S:.0f} s:\n{log.read_text()[-2000:]}")
+            raise RuntimeError(
+                f"Ray did not start within {START_TIMEOUT_S:.0f} s:\n{log.read_text()[-2000:]}"
+            )
         time.sleep(LOOK_EVERY_S)
 
 

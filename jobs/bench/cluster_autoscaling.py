@@ -43,7 +43,7 @@ IDLE_AFTER_S = 10.0
 def autoscaling(
     images: int, seconds_per_image: float, nodes: int, idle_timeout_s: float, plot: Path
 ) -> dict[str, float]:
-    """Encode on up to ``nodes`` nodes of encode-gpu, then wait until all are gone; plot, and looks beside it."""
+    """Encode on up to ``nodes`` nodes of encode-gpu, then wait until all are gone; a plot of it."""
     (port,) = free_ports(1)
     with TemporaryDirectory(prefix="ldm-bench-") as name:
         folder = Path(name)

@@ -55,7 +55,7 @@ def nodes_scaling(
 
 def ratios(name: str, rates: dict[int, list[float]]) -> dict[str, float]:
     """Median and minimum over the rounds of rate(n) ÷ (n · rate(1)), for every n but 1."""
-    figures = {}
+    figures: dict[str, float] = {}
     for count in (count for count in rates if count != 1):
         found = [many / (count * one) for many, one in zip(rates[count], rates[1], strict=True)]
         figures |= {f"{name}_{count}": median(found), f"{name}_{count}_min": min(found)}

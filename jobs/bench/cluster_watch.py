@@ -52,11 +52,16 @@ def main(address: str, pools: Sequence[str]) -> None:
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    threading.Thread(target=_wait_for_the_end, args=(ended,), daemon=True).start()
     while not ended.wait(LOOK_EVERY_S):
         status = get_cluster_status(address)
         living = Counter(node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes))
         print(json.dumps({"at_s": time.time(), "nodes": {pool: living[pool] for pool in pools}}), flush=True)
+
+
+def _wait_for_the_end(ended: threading.Event) -> None:
+    sys.stdin.read()
+    ended.set()
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ class BenchClusterJob(JobConfig):
     """
 
     only: tuple[Part, ...] = Field(PARTS, description=f"some of: {', '.join(PARTS)}")
-    seconds_per_image: PositiveFloat = Field(0.1, description="that the encoder waits")
+    seconds_per_image: PositiveFloat = Field(0.25, description="that the encoder waits")
     counts: tuple[PositiveInt, ...] = Field(
         (1, 2, 4), description="numbers of nodes to compare; 1 is the first"
     )
     rounds: PositiveInt = Field(3, description="of all numbers of nodes; median and minimum count")
-    units_per_node: PositiveInt = Field(40, description="of 16 images, in each run")
+    units_per_node: PositiveInt = Field(24, description="of 16 images, in each run")
     most_nodes: PositiveInt = Field(4, description="of the pool encode-gpu")
-    images: PositiveInt = Field(3200, description="that are encoded while the pools follow")
+    images: PositiveInt = Field(1600, description="that are encoded while the pools follow")
     idle_timeout_s: PositiveFloat = Field(20.0, description="after which the autoscaler removes an idle node")
     plot: Path = Field(Path("out/bench/autoscaling.png"), description="of nodes over time; a .json beside it")
 

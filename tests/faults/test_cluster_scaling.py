@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.faults_long, pytest.mark.timeout(600)]
 def test_pools_follow_the_work(tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     found = BenchClusterJob(
-        only=("autoscaling",), images=800, most_nodes=2, idle_timeout_s=10, plot=plot
+        only=("autoscaling",), images=400, most_nodes=2, idle_timeout_s=10, plot=plot
     ).run()
     assert found["nodes_before"] == found["nodes_of_others"] == found["nodes_train_gpu"] == 0
     assert found["nodes_encode_gpu"] == 2
@@ -33,5 +33,5 @@ def test_every_node_encodes(tmp_path: Path) -> None:
         "linear_2", "linear_2_min", "linear_whole_2", "linear_whole_2_min",
     }  # fmt: skip
     rates = [float(str(found[f"images_per_s_{count}"])) for count in (1, 2)]
-    # No encoder is faster than the ten images a second that it waits for.
-    assert 0 < rates[0] <= 10.5 and 0 < rates[1] <= 21
+    # No encoder is faster than the four images a second that it waits for, but for a report that came late.
+    assert 0 < rates[0] <= 4.4 and 0 < rates[1] <= 8.8

@@ -94,8 +94,6 @@ def _environment(token: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
-        # Ray's own 30 s are short on a machine that starts several nodes at once.
-        "RAY_raylet_start_wait_time_s": f"{START_TIMEOUT_S:.0f}",
         # Or the line that tells of the start would wait in a buffer.
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

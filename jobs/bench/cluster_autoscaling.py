@@ -159,14 +159,15 @@ def draw(looks: Sequence[Look], phases: Phases, plot: Path) -> None:
         (phases.ended_s, min(idle_s, end_s), f"idle timeout, {phases.idle_timeout_s:.0f} s", "0.97"),
         (min(idle_s, end_s), end_s, "idle", "1.0"),
     ]
-    for start_s, stop_s, name, shade in spans:
+    for index, (start_s, stop_s, name, shade) in enumerate(spans):
         axes.axvspan(start_s - begin_s, stop_s - begin_s, color=shade, zorder=0)
         axes.axvline(start_s - begin_s, color="0.6", linewidth=0.8)
-        axes.text(start_s - begin_s, most + 0.75, f" {name}", va="top", fontsize=8)
+        # By turns in two lines: a short phase's name is longer than the phase.
+        axes.text(start_s - begin_s, most + 0.9 - 0.09 * most * (index % 2), f" {name}", va="top", fontsize=8)
     axes.set(
-        xlabel="seconds", ylabel="living nodes of the pool", yticks=range(most + 1), ylim=(-0.2, most + 0.8),
+        xlabel="seconds", ylabel="living nodes of the pool", yticks=range(most + 1), ylim=(-0.2, most + 1),
         xlim=(0, end_s - begin_s),
     )  # fmt: skip
-    axes.legend(loc="center right", fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(plot, dpi=120)
     pyplot.close(figure)

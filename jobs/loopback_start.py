@@ -29,7 +29,7 @@ def keep_loopback(parameters: Any, is_head: bool) -> None:
     services.get_node_ip_address = lambda address=None: parameters.node_ip_address
     services.get_node = _patient(services.get_node)
     parameters.ray_client_server_port = None
-    set_kill_on_parent_death_linux()
+    set_kill_on_parent_death_linux()  # type: ignore[no-untyped-call]  # Ray's own
 
 
 def _patient(get_node: Callable[[str, str], Any]) -> Callable[[str, str], Any]:

@@ -115,7 +115,8 @@ Register: TypeAlias = Any
 def start_register() -> Register:
     """The actor of a run, on its driver's node: it ends with the driver, and with no other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Attempts).remote()
+    kind: Any = ray.remote(Attempts)  # Ray's types know no such strategy
+    return kind.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 @dataclass(frozen=True)

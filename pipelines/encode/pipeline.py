@@ -226,8 +226,8 @@ def _through(
 def _context(subcluster: str | None) -> DataContext:
     context = DataContext.get_current().copy()
     if subcluster is not None:
-        # While a pool grows, Ray Data asks the autoscaler for GPUs of no kind, and one large node for training
-        # can look better to that than several small ones. What is asked for carries this label.
+        # While a pool grows, Ray Data asks the autoscaler for GPUs of no kind, and one large node for
+        # training can look better to that than several small ones. What is asked for carries this label.
         context.execution_options.label_selector = {SUBCLUSTER_LABEL: subcluster}
     # One row per block: a unit moves on as soon as it is there, rather than when 128 MiB of them are.
     context.target_max_block_size = 1

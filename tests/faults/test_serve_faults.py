@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +144,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """``serve`` commands against a head node of its own with a dashboard on the loopback."""
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    gcs, dashboard, agent = _free_port(), _free_port(), _free_port()
+    gcs, dashboard, agent, client = (_free_port() for _ in range(4))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     head = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=8", f"--port={gcs}"]
     head += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    head += [f"--dashboard-agent-listen-port={agent}", "--ray-client-server-port=0"]
+    head += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     process = subprocess.Popen(
         head, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -169,7 +169,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
                 time.sleep(0.3)
         yield serve
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it did not start
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:

@@ -35,6 +35,7 @@ STAGES: Mapping[str, RunStage] = {
     "savings": RunStage("page", ("checkpoint",)),
     "serve": RunStage("jobs.url", ("model", "more_models", "upsamplers")),
     "sample": RunStage("out", ("checkpoint",), ("vae",)),
+    "generate": RunStage("out", ("checkpoint",), ("vae",)),
     "upscale": RunStage("out", ("input", "stages"), ("vae",)),
     "interpolate": RunStage("out", ("ends", "checkpoint"), ("vae",)),
     "edit": RunStage("out", ("input", "checkpoint", "direction"), ("vae",)),

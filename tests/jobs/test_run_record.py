@@ -20,8 +20,8 @@ from pipelines.process import this_process
 ROOT = Path(__file__).resolve().parents[2]
 # Commands that leave nothing behind, or only in something that another command made.
 WITHOUT = {
-    "verify", "gc", "stats", "bench encode", "bench train", "bench tiling", "bench serve", "plan", "runs",
-    "submit", "jobs list", "jobs logs", "jobs stop", "chain",
+    "verify", "gc", "stats", "bench encode", "bench train", "bench tiling", "bench serve", "bench cluster",
+    "plan", "runs", "cluster up", "submit", "jobs list", "jobs logs", "jobs stop", "chain",
 }  # fmt: skip
 
 

@@ -16,7 +16,11 @@ from typing import Any
 __all__ = ["run_ranks"]
 
 TIMEOUT_S = 120
-PRELOADED = ["torch.distributed.fsdp", "pipelines.train.unet", "pipelines.train.vae", "ldm.perceptual"]
+PRELOADED = [
+    "torch.distributed.fsdp", "pipelines.train.unet", "pipelines.train.vae", "ldm.perceptual",
+    # Models import these where they are built.
+    "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
+]  # fmt: skip
 
 
 def run_ranks(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:

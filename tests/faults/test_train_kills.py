@@ -60,6 +60,7 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return final_state(dataset, out)
 
 
+@pytest.mark.faults_long
 def test_a_killed_worker_changes_no_bit(dataset: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """Ray starts both ranks again; they go back at most to the snapshot before."""
     out = tmp_path / "out"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -145,7 +146,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     gcs, dashboard, agent, client = (_free_port() for _ in range(4))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    environment = {**os.environ, **token, "PYTHONPATH": str(REPOSITORY)}
     head = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=8", f"--port={gcs}"]
     head += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     head += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
@@ -156,15 +158,18 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     def serve(*arguments: str) -> str:
         command = [str(BIN / "serve"), arguments[0], "-a", address, *arguments[1:]]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
 
     try:
         end = time.monotonic() + START_S
         while True:
             assert process.poll() is None and time.monotonic() < end
             try:
-                httpx.get(f"{address}/api/version", timeout=5.0)
-                break
+                headers = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
+                if httpx.get(f"{address}/api/version", headers=headers, timeout=5.0).status_code == 200:
+                    break
             except httpx.TransportError:
                 time.sleep(0.3)
         yield serve
@@ -175,6 +180,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
             process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
 
 
 def test_an_upgrade_drops_no_request(

@@ -21,6 +21,7 @@ import httpx
 import psutil
 
 from jobs.job_server import asks_for_token
+from jobs.listening import why_it_cannot_listen
 from jobs.local_pools import LocalPool
 from jobs.loopback_start import PATIENCE_S
 from jobs.ray_token import PATH_VARIABLE, make_token, read_token
@@ -259,16 +260,10 @@ def local_cluster(
 
 def check_port(host: str, port: int) -> None:
     """UserError where nothing can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"the dashboard cannot listen at {host}:{port} ({error.strerror})",
-                do="give another --dashboard-port",
-            ) from error
+    if reason := why_it_cannot_listen(host, port):
+        raise UserError(
+            f"the dashboard cannot listen at {host}:{port} ({reason})", do="give another --dashboard-port"
+        )
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,7 +1,6 @@
 """``ldm serve``: the HTTP API and its page, with every stage on this machine or on a cluster."""
 
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pydantic_settings import CliPositionalArg
 from jobs.cluster import ClusterConfig, connected
 from jobs.config import JobConfig
 from jobs.haproxy import haproxy
+from jobs.listening import why_it_cannot_listen
 from ldm.errors import UserError
 from pipelines.serve.config import ModelSource, ServeConfig, ServeOptions
 
@@ -133,15 +133,8 @@ def _drain() -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"cannot serve at {host}:{port} ({error.strerror})", do="give another --port"
-            ) from error
+    if reason := why_it_cannot_listen(host, port):
+        raise UserError(f"cannot serve at {host}:{port} ({reason})", do="give another --port")
 
 
 def _wait_for_signal() -> None:

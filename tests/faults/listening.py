@@ -31,5 +31,12 @@ def beyond_loopback(cluster: LocalCluster) -> list[tuple[str, str, int]]:
         (title, address, port)
         for title, places in listening(cluster).items()
         for address, port in places
-        if not ipaddress.ip_address(address).is_loopback
+        if not _is_loopback(address)
     ]
+
+
+def _is_loopback(address: str) -> bool:
+    """Also 127.0.0.1 as an address of IPv6, as gRPC has it, which Python 3.11 takes for another."""
+    ip = ipaddress.ip_address(address)
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return (mapped or ip).is_loopback

@@ -24,7 +24,7 @@ from jobs.run_record import Artifact, is_of_a_run
 from ldm import storage
 from ldm.errors import UserError
 
-__all__ = ["absolute", "dataset_fingerprint", "identify", "identify_vae"]
+__all__ = ["absolute", "dataset_fingerprint", "file_sha256", "identify", "identify_vae", "listing_sha256"]
 
 
 def identify(source: str) -> Artifact | None:
@@ -64,6 +64,20 @@ def absolute(url: str) -> str:
 def dataset_fingerprint(header_sha256: str, units_sha256: str) -> str:
     """Of a latent dataset; a checkpoint's ``run.json`` holds both parts."""
     return hashlib.sha256(f"{header_sha256}\n{units_sha256}".encode()).hexdigest()
+
+
+def file_sha256(filesystem: AbstractFileSystem, path: str) -> str:
+    """Of its bytes."""
+    with filesystem.open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def listing_sha256(filesystem: AbstractFileSystem, path: str) -> str:
+    """Of names and sizes in a folder, without records of runs; empty where there is nothing else."""
+    found = filesystem.find(path, detail=True) if filesystem.exists(path) else {}
+    inside = ((name[len(path) :], info["size"]) for name, info in found.items())
+    entries = sorted(entry for entry in inside if not is_of_a_run(entry[0]))
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest() if entries else ""
 
 
 def _dataset(source: str) -> Artifact | None:
@@ -138,16 +152,9 @@ def _of_file(filesystem: AbstractFileSystem, path: str, source: str) -> Artifact
 
     if path.endswith(SHARD_SUFFIXES):
         return _shards(source)
-    with filesystem.open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Artifact(kind="file", url=absolute(source), fingerprint=digest)
+    return Artifact(kind="file", url=absolute(source), fingerprint=file_sha256(filesystem, path))
 
 
 def _of_folder(filesystem: AbstractFileSystem, path: str, source: str) -> Artifact | None:
-    found = filesystem.find(path, detail=True)
-    inside = ((name[len(path) :], info["size"]) for name, info in found.items())
-    entries = sorted(entry for entry in inside if not is_of_a_run(entry[0]))
-    if not entries:
-        return None
-    digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-    return Artifact(kind="folder", url=absolute(source), fingerprint=digest)
+    digest = listing_sha256(filesystem, path)
+    return Artifact(kind="folder", url=absolute(source), fingerprint=digest) if digest else None

@@ -11,7 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from jobs.config import JobConfig
 from jobs.job_server import is_loopback
-from jobs.local_cluster import HEAD, LOOPBACK, LocalCluster, LocalNodeError, local_cluster
+from jobs.listening import LOOPBACK
+from jobs.local_cluster import HEAD, LocalCluster, LocalNodeError, local_cluster
 from jobs.local_pools import POOL_NAME, LocalPool
 from ldm.errors import UserError
 
@@ -35,7 +36,9 @@ class ClusterUpJob(JobConfig):
     pools: dict[str, LocalPool] = Field(
         {}, description="nodes of several kinds instead, by the name of their pool"
     )
-    host: str = Field(LOOPBACK, description="address of the dashboard; all else is on loopback always")
+    host: str = Field(
+        LOOPBACK, description="address of the dashboard; the other servers of Ray are on loopback always"
+    )
     dashboard_port: PositiveInt = 8265
     token_file: Path | None = Field(
         None,

@@ -53,7 +53,7 @@ class GenerateJob(JobConfig):
         plan = self._plan(info)
         vae = check(self.checkpoint, [plan.request(0), plan.request(self.num_images - 1)], self.vae)
         shards = GeneratedShards.at(self.out)
-        record = self._record(plan)
+        record = self._record(plan, info)
         shards.check(record)
         start, made = time.perf_counter(), 0
         with writer_lease(shards.filesystem, shards.root, self.out) as lease:
@@ -89,14 +89,14 @@ class GenerateJob(JobConfig):
             scheduler=scheduler_of(self.checkpoint, self.scheduler),
         )
 
-    def _record(self, plan: "ImagePlan") -> dict[str, object]:
+    def _record(self, plan: "ImagePlan", info: "CheckpointInfo") -> dict[str, object]:
         """What the images depend on, batches and threads too: they change the last bits of a sum."""
         from dataclasses import asdict
 
         from ldm import unet
-        from ldm.checkpoint import read_info, read_scheduler_config
+        from ldm.checkpoint import read_scheduler_config
 
-        info, pools = read_info(self.checkpoint), self.pools
+        pools = self.pools
         return {
             **asdict(plan),
             "unet": unet.fingerprint(unet.load(self.checkpoint)),

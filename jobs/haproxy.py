@@ -1,13 +1,13 @@
 """Ray Serve's HAProxy in front of a server: settings of a Ray cluster that is started for it."""
 
 import os
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.cluster import ClusterConfig
+from jobs.listening import free_ports
 from ldm.errors import UserError
 
 __all__ = ["haproxy"]
@@ -41,7 +41,7 @@ def haproxy(cluster: ClusterConfig) -> Iterator[None]:
 
 def _settings(folder: Path) -> dict[str, str]:
     """Its own files and ports, as there may be other servers on this machine."""
-    stats_port, metrics_port = _free_ports(2)
+    stats_port, metrics_port = free_ports(2)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
@@ -53,12 +53,6 @@ def _settings(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 @contextmanager

@@ -1,8 +1,11 @@
-"""Whether a server of this machine can listen at an address."""
+"""Where servers of this machine can listen."""
 
 import socket
+from contextlib import ExitStack
 
-__all__ = ["why_it_cannot_listen"]
+__all__ = ["LOOPBACK", "free_ports", "why_it_cannot_listen"]
+
+LOOPBACK = "127.0.0.1"
 
 
 def why_it_cannot_listen(host: str, port: int) -> str:
@@ -15,3 +18,10 @@ def why_it_cannot_listen(host: str, port: int) -> str:
         except OSError as error:
             return str(error.strerror)
     return ""
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones of loopback at which nobody listens, at this moment."""
+    with ExitStack() as probes:
+        sockets = [probes.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
+        return [int(each.getsockname()[1]) for each in sockets]

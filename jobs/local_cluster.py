@@ -1,13 +1,13 @@
 """A Ray cluster of several nodes on this machine: a head, and raylets that join it, each a ``ray start``.
 
-All of it listens on loopback and asks for a token. Nothing of it outlives `local_cluster`, and no other Ray
-on this machine is touched: it is ended by its own processes, never by name. Imports no Ray.
+It listens on loopback and asks for a token; docs/jobs.md has what jobs listen at. Nothing of it outlives
+`local_cluster`, and no other Ray on this machine is touched: it is ended by its own processes, never by name.
+Imports no Ray.
 """
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,15 +21,14 @@ import httpx
 import psutil
 
 from jobs.job_server import asks_for_token
-from jobs.listening import why_it_cannot_listen
+from jobs.listening import LOOPBACK, free_ports, why_it_cannot_listen
 from jobs.local_pools import LocalPool
 from jobs.loopback_start import PATIENCE_S
 from jobs.ray_token import PATH_VARIABLE, make_token, read_token
 from ldm.errors import LdmError, UserError
 
-__all__ = ["HEAD", "LOOPBACK", "LocalCluster", "LocalNode", "LocalNodeError", "local_cluster"]
+__all__ = ["HEAD", "LocalCluster", "LocalNode", "LocalNodeError", "local_cluster"]
 
-LOOPBACK = "127.0.0.1"
 HEAD = "head"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -264,10 +263,3 @@ def check_port(host: str, port: int) -> None:
         raise UserError(
             f"the dashboard cannot listen at {host}:{port} ({reason})", do="give another --dashboard-port"
         )
-
-
-def free_ports(count: int) -> list[int]:
-    """Of loopback, at this moment."""
-    with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
-        return [int(each.getsockname()[1]) for each in sockets]

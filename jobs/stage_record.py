@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jobs.artifacts import file_sha256, listing_sha256
 from jobs.chain_file import INPUTS, PUBLISHED_WHOLE, Stage
 from jobs.config import JobConfig
-from jobs.run_record import is_of_a_run
 from ldm.errors import LdmError, UserError
 from pipelines.publish import publish
 
@@ -102,11 +102,8 @@ def fingerprint(url: str) -> str:
     filesystem, path = storage.filesystem(url)
     filesystem.invalidate_cache()
     if filesystem.isfile(path):
-        return hashlib.sha256(filesystem.cat_file(path)).hexdigest()
-    found = filesystem.find(path, detail=True) if filesystem.exists(path) else {}
-    inside = ((name[len(path) :], info["size"]) for name, info in found.items())
-    entries = sorted(entry for entry in inside if not is_of_a_run(entry[0]))
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest() if entries else ""
+        return file_sha256(filesystem, path)
+    return listing_sha256(filesystem, path)
 
 
 def _input_version(stage: Stage, config: JobConfig) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ldm.structural_similarity import ms_ssim, ssim
+from ldm.structural_similarity import ssim, ssim_and_ms_ssim
 
 __all__ = ["MS_SSIM_MIN_PX", "Quality", "nearest_label_share", "psnr", "reconstruction_quality"]
 
@@ -40,9 +40,8 @@ def reconstruction_quality(original_B3HW: Tensor, reconstruction_B3HW: Tensor) -
     """
     a, b = _eight_bits(original_B3HW), _eight_bits(reconstruction_B3HW)
     psnr_B = psnr(a, b)
-    ssim_B = ssim(a, b)
     large = min(a.shape[-2:]) >= MS_SSIM_MIN_PX
-    ms_B = ms_ssim(a, b) if large else None
+    ssim_B, ms_B = ssim_and_ms_ssim(a, b) if large else (ssim(a, b), None)
     return [
         Quality(float(psnr_B[i]), float(ssim_B[i]), None if ms_B is None else float(ms_B[i]))
         for i in range(len(a))

@@ -1,14 +1,14 @@
 """SSIM and MS-SSIM as torchmetrics defines them, with a separable window.
 
-Theirs is one convolution of 11×11 taps, for which torch has no fast kernel in double precision: seconds
-for an image of 256 pixels.
+Theirs is one convolution of 11×11 taps, for which torch has no fast kernel in double precision: a
+second and more for an image of 256 pixels.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-__all__ = ["ms_ssim", "ssim"]
+__all__ = ["ssim", "ssim_and_ms_ssim"]
 
 SIGMA, RADIUS = 1.5, 5
 # (K · data range)² of Wang et al. 2004, section III.B, with data range 1.
@@ -26,15 +26,15 @@ def ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
     return _similarity_and_contrast(a_BCHW, b_BCHW)[0]
 
 
-def ms_ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """The same over five scales, (B,): Wang et al. 2003. At least 176 pixels high and wide."""
-    product = torch.ones(len(a_BCHW), dtype=a_BCHW.dtype, device=a_BCHW.device)
-    for power in POWERS:
-        similarity_B, contrast_B = _similarity_and_contrast(a_BCHW, b_BCHW)
-        last = power == POWERS[-1]
-        product *= (similarity_B if last else contrast_B).relu() ** power
+def ssim_and_ms_ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """That, and the same over five scales, (B,) each: Wang et al. 2003. At least 176 pixels high and wide."""
+    scales = [_similarity_and_contrast(a_BCHW, b_BCHW)]
+    for _ in POWERS[1:]:
         a_BCHW, b_BCHW = avg_pool2d(a_BCHW, 2), avg_pool2d(b_BCHW, 2)
-    return product
+        scales.append(_similarity_and_contrast(a_BCHW, b_BCHW))
+    factors = [contrast_B for _, contrast_B in scales[:-1]] + [scales[-1][0]]
+    powered = [factor_B.relu() ** power for factor_B, power in zip(factors, POWERS, strict=True)]
+    return scales[0][0], torch.stack(powered).prod(0)
 
 
 def _similarity_and_contrast(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:

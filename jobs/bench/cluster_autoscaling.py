@@ -16,7 +16,8 @@ from jobs.bench.cluster_encode import ClusterEncode
 from jobs.bench.cluster_facts import Look, Phases, autoscaling_facts
 from jobs.bench.cluster_watch import watched
 from jobs.bench.photos import write_shards
-from jobs.bench.raylets import OBJECT_STORE_BYTES, free_ports, started_head
+from jobs.bench.raylets import OBJECT_STORE_BYTES, started_head
+from jobs.listening import free_ports
 from pipelines.encode.pipeline import SUBCLUSTER_LABEL
 from pipelines.encode.pools import ActorPool, TaskPool
 

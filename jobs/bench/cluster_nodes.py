@@ -10,7 +10,8 @@ from jobs.bench.cluster_encode import ClusterEncode
 from jobs.bench.cluster_facts import steady_rate, whole_rate
 from jobs.bench.emulated import ONE_READER, TWO_DECODERS
 from jobs.bench.photos import write_shards
-from jobs.bench.raylets import free_ports, started_head, started_node
+from jobs.bench.raylets import started_head, started_node
+from jobs.listening import free_ports
 from pipelines.encode.pools import ActorPool
 
 __all__ = ["nodes_scaling", "ratios"]

@@ -1,21 +1,22 @@
-"""Ray processes of a measurement's own on this machine: a head on loopback with a token, and nodes."""
+"""Ray processes of a measurement's own on this machine: a head with a token, and nodes."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-__all__ = ["Head", "free_ports", "started_head", "started_node"]
+from jobs.listening import free_ports
+
+__all__ = ["Head", "started_head", "started_node"]
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 30.0
@@ -76,13 +77,6 @@ def started_node(head: Head, resources: Mapping[str, float]) -> Iterator[None]:
     ]  # fmt: skip
     with _ray_start(command, resources, head.environment, head.folder / f"node-{uuid.uuid4().hex}.log"):
         yield
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens at."""
-    with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def _environment(token: Path) -> dict[str, str]:

@@ -15,7 +15,8 @@ import yaml
 
 from jobs import cli
 from jobs.job_client import JobClient
-from jobs.local_cluster import LocalCluster, free_ports
+from jobs.listening import free_ports
+from jobs.local_cluster import LocalCluster
 from jobs.local_pools import LocalPool
 from jobs.ray_token import read_token
 

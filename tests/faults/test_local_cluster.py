@@ -12,7 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from jobs.local_cluster import free_ports, local_cluster
+from jobs.listening import free_ports
+from jobs.local_cluster import local_cluster
 from jobs.ray_token import read_token
 from tests.faults.cluster_jobs import ENCODE_GPU, TRAIN_GPU, python
 from tests.faults.listening import beyond_loopback, listening

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ldm.metrics import MS_SSIM_MIN_PX, nearest_label_share, psnr, reconstruction_quality
-from ldm.structural_similarity import ms_ssim, ssim
+from ldm.structural_similarity import ssim, ssim_and_ms_ssim
 
 
 def smooth(size: int, num_images: int = 2) -> Tensor:
@@ -62,12 +62,12 @@ def test_similarity_is_that_of_torchmetrics(shape: tuple[int, int]) -> None:
     a = (smooth(size, 3)[..., : shape[0], : shape[1]] + 1).double() / 2
     b = (blurred(smooth(size, 3)) * 0.8)[..., : shape[0], : shape[1]].add(1).double() / 2
     b[2] = 1 - a[2]  # what looks like its negative has a similarity below zero
-    pairs = [(ssim, structural_similarity_index_measure)]
+    expected = structural_similarity_index_measure(b, a, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(a, b), expected, rtol=0, atol=1e-7)
     if min(shape) >= MS_SSIM_MIN_PX:
-        pairs.append((ms_ssim, multiscale_structural_similarity_index_measure))
-    for ours, theirs in pairs:
-        expected = theirs(b, a, data_range=1.0, reduction="none")
-        torch.testing.assert_close(ours(a, b), expected, rtol=0, atol=1e-7)
+        over_scales = multiscale_structural_similarity_index_measure(b, a, data_range=1.0, reduction="none")
+        for ours, theirs in zip(ssim_and_ms_ssim(a, b), (expected, over_scales), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
 def contrast_and_luminance(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -204,6 +204,8 @@ class LocalCluster:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)]),
             "RAY_START_HOOK": "jobs.loopback_start.keep_loopback",
             "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S),
+            # Nodes end together: there is none to which work could move in the 30 s that Ray waits for that.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             # All nodes share the CPUs of one machine: Ray's 15 s and 60 s are for a machine each.
             "RAY_agent_register_timeout_ms": str(1000 * PATIENCE_S),
             "RAY_worker_register_timeout_seconds": str(PATIENCE_S),

@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's own interval of 10 s would be waited for by every test that reads a metric.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 os.environ.pop("RAY_ADDRESS", None)
 # The shared cluster has no dashboard. Left to look for one, Ray Train would ask that of another
 # cluster on this machine whether its controller lives, and end the training on a "no".

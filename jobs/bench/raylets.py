@@ -87,6 +87,8 @@ def _environment(token: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Nodes end when nothing runs on them: they need not wait 30 s for that.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "OMP_NUM_THREADS": "1",
         # Or the line that tells of the start would wait in a buffer.
         "PYTHONUNBUFFERED": "1",

@@ -44,6 +44,8 @@ ENCODE_GPU = LocalPool(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4":
 TRAIN_GPU = LocalPool(num_cpus=1, num_gpus=1, resources={"accelerator_type:H100": 1})
 SERVE_GPU = LocalPool(num_cpus=1, num_gpus=1)
 UNIT_SIZE = 8
+# So large that one encoder has not done everything before a second one has started.
+SIZE_PX = 96
 DEADLINE_S = 300.0
 
 
@@ -114,7 +116,7 @@ def pools_of(cluster: LocalCluster, kind: str, name: str, key: str) -> set[str]:
 def encoding(source: Path, out: Path, vae: Path, encoders: int = 1) -> dict[str, Any]:
     return {
         "input": str(source), "output": str(out), "vae": str(vae), "unit_size": UNIT_SIZE,
-        "preprocess": {"sizes_px": [32]},
+        "preprocess": {"sizes_px": [SIZE_PX]},
         "reader": {"num_cpus": 0.25, "resources": {"pool:encode-gpu": 1}},
         "decode": {"num_cpus": 1, "resources": {"pool:encode-gpu": 1}},
         "encoder": {
@@ -150,9 +152,11 @@ def serving(
                 return http.get("/readyz").status_code == 200
             return False
 
-        wait_until(is_ready, "the server is ready")
-        yield http
-    assert cli.main(["jobs", "stop", job]) == 0
+        try:
+            wait_until(is_ready, "the server is ready")
+            yield http
+        finally:
+            assert cli.main(["jobs", "stop", job]) == 0
     assert client(cluster).wait(job, timeout_s=DEADLINE_S).status.value == "STOPPED"
     log = client(cluster).logs(job)
     assert "ending what is on its way" in log
@@ -160,7 +164,7 @@ def serving(
 
 def image(http: httpx.Client, seed: int, steps: int = 25) -> str:
     """An image of this seed. Tried again where the connection broke: its proxy may have been on that node."""
-    body = {"class_label": 0, "seed": seed, "num_inference_steps": steps}
+    body = {"prompt": "", "seed": seed, "num_inference_steps": steps}
     for _ in range(3):
         with suppress(httpx.TransportError):
             answer = http.post("/v1/images/generations", json=body)

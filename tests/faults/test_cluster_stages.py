@@ -110,17 +110,17 @@ def test_each_stage_runs_on_the_nodes_that_its_resources_name(
     undisturbed: dict[str, bytes],
 ) -> None:
     latents, model = tmp_path / "latents", tmp_path / "model"
-    assert submit(tmp_path, "encode", "encode", encoding(shards, latents, vae_folder), "--wait") == 0
+    assert submit(tmp_path, "encode", "encode", encoding(shards, latents, vae_folder), "--follow") == 0
     assert latents_of(latents) == undisturbed
     assert pools_of(cluster, "actors", "UnitEncoder", "class_name") == {"encode-gpu"}
     assert pools_of(cluster, "tasks", "_decode_row", "name") == {"encode-gpu"}
 
     training = {
         "preset": "tiny", "batch_size": 16, "steps": 20, "num_gpus": 1, "threads": 1,
-        "resources": {"pool:train-gpu": 1}, "log_every": 10,
+        "resources": {"pool:train-gpu": 1}, "log_every": 10, "data": {"max_quarantined_share": 0.2},
     }  # fmt: skip
     options = {"dataset": str(latents), "out": str(model), "train": training}
-    assert submit(tmp_path, "train", "train", options, "--wait") == 0
+    assert submit(tmp_path, "train", "train", options, "--follow") == 0
     assert pools_of(cluster, "actors", "RayTrainWorker", "class_name") == {"train-gpu"}
     assert json.loads((model / "ldm.json").read_text())["step"] == 20
     capsys.readouterr()

@@ -57,6 +57,7 @@ def head() -> Iterator[Head]:
             **inherited,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             # Ray's agents write the environment of jobs into their logs at the level info.
             "RAY_LOGGER_LEVEL": "warning",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -10,6 +10,7 @@ from ldm import autoencoder
 from ldm.errors import UserError
 
 
+@pytest.mark.faults_long  # every stage starts actors of its own: a minute and a half
 @pytest.mark.usefixtures("ray_cluster")
 def test_small_demo_runs_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "demo"

@@ -17,8 +17,9 @@ from ldm.features import load_extractor
 from ldm.image_tensors import to_model
 from ldm.preprocess import Preprocess
 from pipelines.evaluate.samples import SweepPoint
-from pipelines.generate import GeneratePools, Pool, Request, generate
+from pipelines.generate import Request
 from pipelines.shards import Sample, write_tar
+from tests.jobs.images_by_hand import images_by_hand
 
 NUM_IMAGES = 7
 
@@ -70,8 +71,7 @@ def figures_of(
     folder: Path, vae: Path, photo: Callable[[int], bytes], *, guidance: float
 ) -> dict[str, float]:
     requests = [Request(i % 2, 5 + i, guidance, 2, "ddim") for i in range(NUM_IMAGES)]
-    pools = GeneratePools(sampler=Pool(num_cpus=0.5), decoder=Pool(num_cpus=0.5))
-    made = generate(folder, requests, str(vae), pools).images
+    made = images_by_hand(folder, vae, requests)
     real = [Preprocess(sizes_px=(32,)).views(photo(i), "")[0] for i in range(9)]
     extractor = load_extractor("random")
     a, b = (extractor(to_model(np.stack(images))).numpy() for images in (real, made))

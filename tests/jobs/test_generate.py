@@ -7,16 +7,12 @@ import numpy as np
 import pytest
 
 from jobs import cli
-from ldm import unet
-from ldm.autoencoder import load
-from ldm.checkpoint import read_info, read_scheduler_config
-from ldm.conditioning import ClassConditioner
-from ldm.image_tensors import from_model
 from ldm.images import decode_image
-from ldm.sampling import Trajectory, sample
 from pipelines.class_names import read_class_names
+from pipelines.generate import Request
 from pipelines.generated_shards import ImagePlan
 from pipelines.shards import list_shards, read_samples
+from tests.jobs.images_by_hand import images_by_hand
 
 OPTIONS = "--num-images 7 --images-per-shard 3 --steps 2 --seed 5 --guidance 2"
 ACTORS = "--pools.sampler.num-cpus 0.5 --pools.sampler.batch-size 2 --pools.decoder.num-cpus 0.5"
@@ -28,24 +24,6 @@ def generate(checkpoint: Path, out: Path, more: str = "") -> int:
 
 def tars(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("*.tar")}
-
-
-def by_hand(folder: Path, vae: Path, label: int, seed: int) -> np.ndarray:
-    """The image of one request alone, in this process."""
-    info = read_info(folder)
-    conditioner = ClassConditioner(info.class_names or ())
-    trajectory = Trajectory(
-        shape=info.latent_shape,
-        scheduler="ddim",
-        scheduler_config=read_scheduler_config(folder),
-        num_inference_steps=2,
-        guidance=2.0,
-        seed=seed,
-        condition=conditioner.encode([label]),
-        null=conditioner.null,
-    )
-    latent = sample(unet.load(folder).eval(), [trajectory], batch_size=1)
-    return from_model(load(vae).decode(info.whitening.denormalise(latent)))[0]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -70,7 +48,8 @@ def test_a_dataset(
     }  # fmt: skip
     for n, made in enumerate(samples):
         image = np.asarray(decode_image(made.image_bytes())).astype(int)
-        assert np.abs(image - by_hand(folder, vae_folder, n % 2, 5 + n)).max() <= 1
+        (alone,) = images_by_hand(folder, vae_folder, [Request(n % 2, 5 + n, 2.0, 2, "ddim")])
+        assert np.abs(image - alone).max() <= 1
 
     whole = tars(out)
     (out / "shard-000001.tar").unlink()

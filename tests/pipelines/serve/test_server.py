@@ -248,9 +248,12 @@ def test_a_job_goes_through_the_cascade(http: httpx.Client, served_config: Serve
 
 
 def test_a_cancelled_job_stops(http: httpx.Client) -> None:
-    path = f"/v1/jobs/{http.post('/v1/jobs', json={'num_inference_steps': 1000}).json()['id']}"
+    before = _cancellations(http)
+    path = f"/v1/jobs/{http.post('/v1/jobs', json={'num_inference_steps': MAX_STEPS}).json()['id']}"
+    _wait_for(lambda: http.get(path).json()["progress"] > 0)
     http.post(f"{path}/cancel")
     assert _finished(http, path)["status"] == "cancelled"
+    _wait_for(lambda: _cancellations(http) == before + 1)
 
 
 BAD = {
@@ -313,6 +316,12 @@ def _samples(http: httpx.Client, name: str) -> dict[str, float]:
     return {key: value for key, value in found.items() if key.startswith(name)}
 
 
+def _cancellations(http: httpx.Client) -> float:
+    """Of requests that a sampler had begun. Whoever cancels one waits for it here: counts come late."""
+    name = "ray_ldm_serve_cancellations_total"
+    return _samples(http, name).get(name, 0.0)
+
+
 def _wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + DEADLINE_S
     while not condition():
@@ -373,12 +382,11 @@ def test_what_no_client_asks_for_is_not_traced(http: httpx.Client) -> None:
 
 
 def test_whoever_leaves_has_cancelled(http: httpx.Client) -> None:
-    name = "ray_ldm_serve_cancellations_total"
-    before = _samples(http, name).get(name, 0.0)
+    before = _cancellations(http)
     body = {"num_inference_steps": MAX_STEPS, "stream": True, "partial_images": 50, "seed": 77}
     with http.stream("POST", "/v1/images/generations", json=body) as answer:
         next(answer.iter_lines())
-    _wait_for(lambda: _samples(http, name).get(name, 0.0) == before + 1)
+    _wait_for(lambda: _cancellations(http) == before + 1)
 
 
 def test_who_sends_slowly_holds_nobody_up(server_url: str, http: httpx.Client) -> None:

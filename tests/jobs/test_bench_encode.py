@@ -36,7 +36,8 @@ def test_photo_shards_are_the_same_every_time(tmp_path: Path) -> None:
     assert all(list(read_samples(a)) == list(read_samples(b)) for a, b in pairs)
 
 
-@pytest.mark.parametrize("way", [pytest.param("bare", marks=pytest.mark.faults_long), "file-per-image"])
+@pytest.mark.faults_long
+@pytest.mark.parametrize("way", ["bare", "file-per-image"])
 def test_a_way_counts_what_it_encodes(way: str, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", 4, 32, 4)
     arguments = [way, str(shards), str(tmp_path / "out"), "0.1", "1"]

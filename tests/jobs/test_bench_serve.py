@@ -2,10 +2,13 @@
 
 import math
 
+import pytest
+
 from jobs.bench.serve_load import Arrival, Outcome, offer, poisson, quantile
 from jobs.bench_serve import BenchServeJob
 
 
+@pytest.mark.faults_long
 def test_the_engine_part_has_its_figures() -> None:
     found = BenchServeJob(only=("engine", "reuse"), preset="tiny", side=4, rounds=1, cancels=8).run()
     assert found["cancelled"] == 8 and found["cancel_leaks"] == 0 and found["cancel_harmed"] == 0
@@ -13,6 +16,7 @@ def test_the_engine_part_has_its_figures() -> None:
     assert {"engine_efficiency", "preview_cost", "first_preview", "reuse_gain"} <= found.keys()
 
 
+@pytest.mark.faults_long
 def test_deadlines_are_compared() -> None:
     found = BenchServeJob(only=("deadlines",), preset="tiny", side=4, seeds=1, seconds=0.5).run()
     assert {"deadline_gain", "overload_goodput"} <= found.keys()

@@ -27,7 +27,8 @@ def test_memory_of_two_sets() -> None:
     assert 0.5 < float(str(job.run()["loader_memory_growth"])) < 1.5
 
 
-@pytest.mark.parametrize("way", [pytest.param("bare", marks=pytest.mark.faults_long), "cached"])
+@pytest.mark.faults_long
+@pytest.mark.parametrize("way", ["bare", "cached"])
 def test_a_way_logs_its_rate(tmp_path: Path, way: str) -> None:
     latents = write_latents(tmp_path / "d", 200, side=8, unit_size=100)
     config = json.dumps({"preset": "tiny", "batch_size": 8, "data": {"validation_rows": 0}})

@@ -19,7 +19,7 @@ from ldm.preprocess import Preprocess
 from pipelines.evaluate.samples import SweepPoint
 from pipelines.generate import Request
 from pipelines.shards import Sample, write_tar
-from tests.jobs.images_by_hand import images_by_hand
+from tests.pipelines.images_by_hand import images_by_hand
 
 NUM_IMAGES = 7
 

@@ -12,7 +12,7 @@ from pipelines.class_names import read_class_names
 from pipelines.generate import Request
 from pipelines.generated_shards import ImagePlan
 from pipelines.shards import list_shards, read_samples
-from tests.jobs.images_by_hand import images_by_hand
+from tests.pipelines.images_by_hand import images_by_hand
 
 OPTIONS = "--num-images 7 --images-per-shard 3 --steps 2 --seed 5 --guidance 2"
 ACTORS = "--pools.sampler.num-cpus 0.5 --pools.sampler.batch-size 2 --pools.decoder.num-cpus 0.5"

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldm import unet
-from ldm.autoencoder import load
-from ldm.checkpoint import read_info, read_scheduler_config
-from ldm.conditioning import ClassConditioner
 from ldm.errors import UserError
-from ldm.image_tensors import from_model
-from ldm.sampling import Trajectory, sample
 from pipelines.generate import GeneratePools, Pool, Request, Sampler, check, generate
+from tests.pipelines.images_by_hand import images_by_hand
 
 # Of diffusers' Euler scheduler, with numpy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -35,24 +30,6 @@ def folder(checkpoint_folders: dict[str, Path]) -> Path:
     return checkpoint_folders["v_prediction"]
 
 
-def by_hand(folder: Path, vae: Path, request: Request) -> np.ndarray:
-    """The image of one request alone, in this process."""
-    info = read_info(folder)
-    conditioner = ClassConditioner(info.class_names or ())
-    trajectory = Trajectory(
-        shape=info.latent_shape,
-        scheduler=request.scheduler,
-        scheduler_config=read_scheduler_config(folder),
-        num_inference_steps=request.num_inference_steps,
-        guidance=request.guidance,
-        seed=request.seed,
-        condition=conditioner.encode([request.label]),
-        null=conditioner.null,
-    )
-    latent = sample(unet.load(folder).eval(), [trajectory], batch_size=1)
-    return from_model(load(vae).decode(info.whitening.denormalise(latent)))[0]
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_images_come_in_the_order_of_the_requests_and_do_not_depend_on_the_company(
     folder: Path, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,7 +45,7 @@ def test_images_come_in_the_order_of_the_requests_and_do_not_depend_on_the_compa
     assert {line.split()[0] for line in made.where} == {"sampler", "decoder"}
     for image, request in zip(made.images, MIXED, strict=True):
         assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
-        expected = by_hand(folder, vae_folder, request)
+        (expected,) = images_by_hand(folder, vae_folder, [request])
         assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
     assert len({image.tobytes() for image in made.images}) == len(MIXED)
 

@@ -54,7 +54,7 @@ class Watch:
 
 
 def scaling(preset: str, side: int, plot: Path) -> dict[str, float]:
-    """Burst, then nothing, then a load for one stage and one for the other. Needs a connected Ray."""
+    """Burst, then a load for one stage and one for the other, with nothing between. Needs a connected Ray."""
     stage = {
         "threads": 1,
         "min_replicas": 0,
@@ -79,7 +79,10 @@ async def _scaling(url: str, plot: Path) -> dict[str, float]:
         watch.mark("idle")
         await asyncio.sleep(DOWN_DELAY_S + IDLE_S)
         watch.mark("decoder load")
-        await _load(http, LARGE, 8, HEAVY_S)
+        # So few that their single steps are less work than `target_s` of a sampler, even all at once.
+        await _load(http, LARGE, 4, HEAVY_S)
+        # Else what the decoders were given for the load before would still be there.
+        await asyncio.sleep(DOWN_DELAY_S + IDLE_S)
         watch.mark("sampler load")
         await _load(http, SMALL, 16, HEAVY_S)
         watch.mark("end")

@@ -88,10 +88,10 @@ def check_features(report: Measured, photo: Callable[[int], bytes], decoded: lis
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory, photo: Callable[[int], bytes]) -> Path:
-    """32 images in 16 shards: enough, and read fast enough, that each of four actors gets some."""
+    """96 images in 16 shards: a shard takes an actor longer than reading it, so that several get some."""
     folder = tmp_path_factory.mktemp("many")
     for shard in range(16):
-        samples = [Sample(f"k{i}", photo(100 + i)) for i in range(32) if i % 16 == shard]
+        samples = [Sample(f"k{i}", photo(100 + i)) for i in range(96) if i % 16 == shard]
         write_tar(folder / f"s{shard:02}.tar", samples)
     return folder
 
@@ -107,8 +107,10 @@ def test_four_workers_give_the_figures_of_one(
         measure(str(many), models, PREPROCESS, EvaluatePool(size=size, num_cpus=0.5), keep=20)
         for size in (1, 4)
     )
-    assert (len(one.processes), len(four.processes)) == (1, 4)
-    assert len(one.images) == 32
+    # Which actor gets a block is Ray's choice: it may give one of the four nothing.
+    assert len(one.processes) == 1 < len(four.processes) <= 4
+    print(f"{len(four.processes)} of four took part")
+    assert len(one.images) == 96
     assert four.images == one.images
     assert four.digest == one.digest
     assert four.scaled_std == one.scaled_std

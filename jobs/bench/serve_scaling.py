@@ -54,7 +54,7 @@ class Watch:
 
 
 def scaling(preset: str, side: int, plot: Path) -> dict[str, float]:
-    """Burst, then a load for one stage and one for the other, with nothing between. Needs a connected Ray."""
+    """A burst, a load for one stage, one for the other; idle time between. Needs a connected Ray."""
     stage = {
         "threads": 1,
         "min_replicas": 0,

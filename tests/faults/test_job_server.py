@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -11,7 +10,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import yaml
 from PIL import Image
 
 from jobs import cli
+from jobs.listening import free_ports
 
 pytestmark = [
     pytest.mark.faults_long,  # a head to start, and a process for every job: a minute and more
@@ -80,12 +79,6 @@ def head() -> Iterator[Head]:
             yield Head(url, token, folder)
         finally:
             end(process)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as probes:
-        sockets = [probes.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def answers(url: str, token: str) -> bool:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from jobs.listening import free_ports
 from pipelines.serve.keys import new_key
 
 pytestmark = pytest.mark.faults_long
@@ -29,11 +29,6 @@ REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STEPS = 300
 SMALL = {"num_cpus": 0.5, "threads": 1}
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def _options(folder: Path) -> dict[str, Any]:
@@ -64,7 +59,7 @@ def _wait_until_ready(http: httpx.Client, process: "subprocess.Popen[str] | None
 def _served(model: Path, folder: Path, *arguments: str) -> Iterator[tuple[httpx.Client, Any, str]]:
     """A client of ``ldm serve``, its process, and its key."""
     key, entry = new_key("tester")
-    key_file, config, port = folder / "keys", folder / "serve.yaml", _free_port()
+    key_file, config, (port,) = folder / "keys", folder / "serve.yaml", free_ports(1)
     key_file.touch(mode=0o600)
     key_file.write_text(entry + "\n")
     config.write_text(json.dumps(_options(folder)))
@@ -145,7 +140,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """``serve`` commands against a head node of its own with a dashboard on the loopback."""
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    gcs, dashboard, agent, client = (_free_port() for _ in range(4))
+    gcs, dashboard, agent, client = free_ports(4)
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     environment = {**os.environ, **token, "PYTHONPATH": str(REPOSITORY)}
     head = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=8", f"--port={gcs}"]
@@ -190,7 +185,7 @@ def test_an_upgrade_drops_no_request(
     if shutil.which("serve", path=str(BIN)) is None:
         pytest.fail("Ray's `serve` command is not installed")
     content = yaml.safe_load((REPOSITORY / "cluster" / "serve.yaml").read_text())
-    port = _free_port()
+    (port,) = free_ports(1)
     content["http_options"]["port"] = port
     (application,) = content["applications"]
     application["args"] = {
